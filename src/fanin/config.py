@@ -1,0 +1,318 @@
+"""params.yaml as typed sections, checked before anything runs.
+
+A setting's value is the one in params.yaml; where that is null, the preset's; where the preset has none, the default
+below. So every setting can be changed from the command line (`dvc exp run -S head.fan_in=64`), whatever the preset says.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fanin.files import InputError
+
+
+@dataclass
+class Corpus:
+    format: str = "wordnet"  # wordnet | xc_json | xc_sparse | xc_raw | parquet
+    task: str = "near"  # of the bundled WordNet: near | relations
+    label_documents: bool = False  # each label's own text as one more training document (LF- data sets)
+
+
+@dataclass
+class Tokens:
+    max_length: int = 64  # tokens a document, special tokens counted
+
+
+@dataclass
+class Encoder:
+    name: str = "minilm"  # minilm (bundled) | a Hugging Face id | a folder
+    pooling: str = "mean"  # mean | cls | cls_layers (CLS of the last `layers` hidden layers, joined)
+    layers: int = 1  # for cls_layers
+    dropout: float = 0.0  # on the embedding
+    embed_documents: int = 30000  # training documents embedded for clusters and start; every label covered first
+
+
+@dataclass
+class Clusters:
+    meta_labels: int = 512  # balanced label clusters that the auxiliary objective predicts
+
+
+@dataclass
+class Start:
+    source: str = "data"  # data | random
+    rounds: int = 4  # dictionary rounds of the sparse coding
+    lift: float = 6.0  # how far a label's own documents lie above the mean logit
+
+
+@dataclass
+class Head:
+    kind: str = "fixed_fan_in"  # fixed_fan_in | dense | bottleneck
+    fan_in: int = 32  # features that a label reads
+    group: int = 1  # labels that share an index row
+    bottleneck: int = 64  # width of the bottleneck head's projection
+    intermediate: int = 1536  # width of the layer between encoder and head; 0: none
+    activation: str = "linear"  # of that layer: linear | relu
+    loss: str = "bce"  # bce | squared_hinge
+
+
+@dataclass
+class Rewiring:
+    method: str = "none"  # none (static) | set | rigl
+    prune: str = "fraction"  # fraction (of each row) | global (fraction of all) | threshold (on |w|, decays to 0)
+    amount: float = 0.15  # that fraction, or the threshold at the start
+    interval: int = 100  # steps
+    end_fraction: float = 0.66  # of training; no rewiring after it
+
+
+@dataclass
+class Auxiliary:
+    enabled: bool = False
+    weight: float = 0.4  # lambda at the start; a cosine takes it to 0 at the cut-off
+    cutoff: float = 0.5  # epochs
+
+
+@dataclass
+class Train:
+    epochs: float = 1.0
+    max_steps: int | None = None  # optimiser steps; null: what `epochs` gives
+    batch: int = 64  # documents a micro-batch
+    accumulation: int = 1  # micro-batches an encoder update
+    encoder_lr: float = 3e-4
+    head_lr: float = 0.05
+    meta_lr: float = 5e-4
+    encoder_weight_decay: float = 0.01
+    head_weight_decay: float = 0.0
+    momentum: float = 0.9  # of the head
+    warmup: int = 50  # optimiser steps; a cosine to 0 follows
+    precision: str = "auto"  # auto (the faster here) | fp32 | bf16
+    device: str = "auto"  # auto | cpu | cuda
+    log_every: int = 10  # optimiser steps
+    validate_every: int = 200  # optimiser steps; 0: never
+    validation_documents: int = 1000  # held out of training
+    checkpoint_every: int = 100  # optimiser steps; 0: only when stopped
+
+
+@dataclass
+class Evaluate:
+    documents: int | None = None  # test documents (the first ones of a fixed shuffle); null: all
+    propensity_a: float = 0.55
+    propensity_b: float = 1.5
+    head_frequency: int = 50  # labels with at least so many training documents are head labels
+    tail_frequency: int = 5  # labels with at most so many are tail labels; between: torso
+    bootstrap: int = 1000  # resamples for the intervals; 0: none
+    batch: int = 256  # documents
+
+
+@dataclass
+class Memory:
+    scale_labels: list[int] = field(default_factory=lambda: [131072, 670091, 2812281])
+    steps: int = 3  # measured training steps
+
+
+@dataclass
+class Tracking:
+    experiment: str = "fanin"
+    uri: str | None = None  # null: $MLFLOW_TRACKING_URI, else mlflow.db beside params.yaml
+
+
+@dataclass
+class Config:
+    preset: str = "wordnet"
+    seed: int = 1
+    corpus: Corpus = field(default_factory=Corpus)
+    tokens: Tokens = field(default_factory=Tokens)
+    encoder: Encoder = field(default_factory=Encoder)
+    clusters: Clusters = field(default_factory=Clusters)
+    start: Start = field(default_factory=Start)
+    head: Head = field(default_factory=Head)
+    rewiring: Rewiring = field(default_factory=Rewiring)
+    auxiliary: Auxiliary = field(default_factory=Auxiliary)
+    train: Train = field(default_factory=Train)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    memory: Memory = field(default_factory=Memory)
+    tracking: Tracking = field(default_factory=Tracking)
+
+    @property
+    def raw_folder(self) -> Path:
+        """Where the raw files of the chosen preset lie."""
+        return Path("data/raw") / self.preset
+
+
+_CHOICES = {
+    "corpus.format": ("wordnet", "xc_json", "xc_sparse", "xc_raw", "parquet"),
+    "corpus.task": ("near", "relations"),
+    "encoder.pooling": ("mean", "cls", "cls_layers"),
+    "start.source": ("data", "random"),
+    "head.kind": ("fixed_fan_in", "dense", "bottleneck"),
+    "head.activation": ("linear", "relu"),
+    "head.loss": ("bce", "squared_hinge"),
+    "rewiring.method": ("none", "set", "rigl"),
+    "rewiring.prune": ("fraction", "global", "threshold"),
+    "train.precision": ("auto", "fp32", "bf16"),
+}
+
+# key: (lowest, highest, lowest and highest allowed themselves)
+_RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "tokens.max_length": (3, 8192),
+    "encoder.layers": (1, 1000),
+    "encoder.dropout": (0, 0.99),
+    "encoder.embed_documents": (100, 10**9),
+    "clusters.meta_labels": (2, 10**7),
+    "start.rounds": (1, 100),
+    "start.lift": (1e-3, 1e3),
+    "head.fan_in": (1, 10**6),
+    "head.group": (1, 1024),
+    "head.bottleneck": (1, 10**6),
+    "head.intermediate": (0, 10**7),
+    "rewiring.amount": (1e-9, 1e6),
+    "rewiring.interval": (1, 10**9),
+    "rewiring.end_fraction": (0, 1),
+    "auxiliary.weight": (0, 1),
+    "auxiliary.cutoff": (0, 10**6),
+    "train.epochs": (1e-6, 10**6),
+    "train.max_steps": (1, 10**12),
+    "train.batch": (1, 10**6),
+    "train.accumulation": (1, 10**6),
+    "train.encoder_lr": (0, 10),
+    "train.head_lr": (0, 1e4),
+    "train.meta_lr": (0, 1e4),
+    "train.encoder_weight_decay": (0, 10),
+    "train.head_weight_decay": (0, 10),
+    "train.momentum": (0, 0.9999),
+    "train.warmup": (0, 10**9),
+    "train.log_every": (1, 10**9),
+    "train.validate_every": (0, 10**9),
+    "train.validation_documents": (0, 10**9),
+    "train.checkpoint_every": (0, 10**9),
+    "evaluate.documents": (1, 10**12),
+    "evaluate.propensity_a": (0, 10),
+    "evaluate.propensity_b": (0, 100),
+    "evaluate.head_frequency": (1, 10**9),
+    "evaluate.tail_frequency": (0, 10**9),
+    "evaluate.bootstrap": (0, 10**6),
+    "evaluate.batch": (1, 10**6),
+    "memory.steps": (1, 1000),
+}
+
+
+def load_config(path: str | Path = "params.yaml", presets: str | Path | None = None) -> Config:
+    """Read, merge and check params.yaml and its preset (`presets/<preset>.yaml` beside it).
+
+    Raises InputError for a missing file, an unknown key, a wrong type or an impossible value, naming the key and the fix.
+    """
+    path = Path(path)
+    params = _read(path, "create it or run from the project's root")
+    preset = params.get("preset") or Config.preset
+    folder = Path(presets) if presets is not None else path.parent / "presets"
+    names = sorted(p.stem for p in folder.glob("*.yaml"))
+    if preset not in names:
+        raise InputError(f"preset: {preset!r} is not one of {', '.join(names)}; choose one or add {folder / f'{preset}.yaml'}")
+    merged = OmegaConf.structured(Config)
+    for source, values in ((folder / f"{preset}.yaml", None), (path, params)):
+        values = _read(source, "") if values is None else values
+        try:
+            merged = OmegaConf.merge(merged, _without_nulls(values))
+        except OmegaConfBaseException as error:
+            raise InputError(_explain(source, error)) from None
+    config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    check(config)
+    return config
+
+
+def _read(path: Path, advice: str) -> dict[str, Any]:
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; {advice}") from None
+    except Exception as error:  # the YAML parser's own errors carry the line
+        raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path}: expected sections of settings, found {type(loaded).__name__}")
+    return loaded
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: value for key, value in kept.items() if value is not None}
+
+
+def _explain(source: Path, error: OmegaConfBaseException) -> str:
+    key = error.full_key or error.key
+    first = str(error).splitlines()[0]
+    if "not in" in first:
+        section, _, name = str(key).rpartition(".")
+        known = _settings(Config() if not section else getattr(Config(), section, Config()))
+        return f"{source}: {key} is not a setting; the settings there are: {', '.join(known)}"
+    return f"{source}: {key}: {first}"
+
+
+def _settings(section: Any) -> list[str]:
+    return list(vars(section))
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def check(config: Config) -> None:
+    """Raise InputError for a value that cannot work, alone or beside the others; everything wrong is named at once."""
+    wrong = []
+    for key, choices in _CHOICES.items():
+        if _get(config, key) not in choices:
+            wrong.append(f"{key}: {_get(config, key)!r} is not one of {', '.join(choices)}")
+    for key, (low, high) in _RANGES.items():
+        value = _get(config, key)
+        if value is not None and not low <= value <= high:  # NaN fails too
+            wrong.append(f"{key}: {value} is outside {low:g} to {high:g}")
+    if not wrong:
+        wrong = _conflicts(config)
+    if wrong:
+        raise InputError("params.yaml: " + "\n  ".join(wrong))
+
+
+def _conflicts(config: Config) -> list[str]:
+    head, rewiring, auxiliary, train = config.head, config.rewiring, config.auxiliary, config.train
+    wrong = []
+    sparse = head.kind == "fixed_fan_in"
+    if sparse and head.intermediate and head.fan_in > head.intermediate:
+        wrong.append(
+            f"head.fan_in: {head.fan_in} is above the {head.intermediate} features of head.intermediate; lower the one or raise the other"
+        )
+    if not sparse and rewiring.method != "none":
+        wrong.append(f"rewiring.method: {rewiring.method} needs head.kind fixed_fan_in, but it is {head.kind}; set rewiring.method to none")
+    if not sparse and head.group != 1:
+        wrong.append(f"head.group: {head.group} is for head.kind fixed_fan_in, but it is {head.kind}; set head.group to 1")
+    if sparse and head.intermediate == head.fan_in and rewiring.method != "none":
+        wrong.append("rewiring.method: nothing to rewire when head.fan_in equals head.intermediate; set it to none")
+    if rewiring.method != "none" and rewiring.prune != "threshold" and rewiring.amount >= 1:
+        wrong.append(f"rewiring.amount: a fraction must be below 1, found {rewiring.amount}; use 0.1 to 0.3")
+    if config.start.source == "data" and head.intermediate and head.activation != "linear":
+        wrong.append("start.source: a start from data needs head.activation linear; set that, or start.source to random")
+    if auxiliary.enabled and auxiliary.cutoff > train.epochs:
+        wrong.append(
+            f"auxiliary.cutoff: {auxiliary.cutoff} epochs is after the end of training (train.epochs {train.epochs}); lower it"
+        )
+    if config.evaluate.tail_frequency >= config.evaluate.head_frequency:
+        wrong.append("evaluate.tail_frequency must be below evaluate.head_frequency")
+    if train.device != "auto" and train.device.split(":")[0] not in ("cpu", "cuda"):
+        wrong.append(f"train.device: {train.device!r} is not auto, cpu, cuda or cuda:N")
+    if any(labels < 1 for labels in config.memory.scale_labels):
+        wrong.append("memory.scale_labels: every entry must be at least 1")
+    return wrong
+
+
+if __name__ == "__main__":
+    try:
+        print(OmegaConf.to_yaml(OmegaConf.structured(load_config())), end="")
+    except InputError as problem:
+        sys.exit(f"error: {problem}")
