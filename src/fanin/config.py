@@ -213,7 +213,9 @@ def load_config(path: str | Path = "params.yaml", presets: str | Path | None = N
     folder = Path(presets) if presets is not None else path.parent / "presets"
     names = sorted(p.stem for p in folder.glob("*.yaml"))
     if preset not in names:
-        raise InputError(f"preset: {preset!r} is not one of {', '.join(names)}; choose one or add {folder / f'{preset}.yaml'}")
+        raise InputError(
+            f"preset: {preset!r} is not one of {', '.join(names)}; choose one or add {folder / f'{preset}.yaml'}"
+        )
     merged = OmegaConf.structured(Config)
     for source, values in ((folder / f"{preset}.yaml", None), (path, params)):
         values = _read(source, "") if values is None else values
@@ -289,15 +291,21 @@ def _conflicts(config: Config) -> list[str]:
             f"head.fan_in: {head.fan_in} is above the {head.intermediate} features of head.intermediate; lower the one or raise the other"
         )
     if not sparse and rewiring.method != "none":
-        wrong.append(f"rewiring.method: {rewiring.method} needs head.kind fixed_fan_in, but it is {head.kind}; set rewiring.method to none")
+        wrong.append(
+            f"rewiring.method: {rewiring.method} needs head.kind fixed_fan_in, but it is {head.kind}; set rewiring.method to none"
+        )
     if not sparse and head.group != 1:
-        wrong.append(f"head.group: {head.group} is for head.kind fixed_fan_in, but it is {head.kind}; set head.group to 1")
+        wrong.append(
+            f"head.group: {head.group} is for head.kind fixed_fan_in, but it is {head.kind}; set head.group to 1"
+        )
     if sparse and head.intermediate == head.fan_in and rewiring.method != "none":
         wrong.append("rewiring.method: nothing to rewire when head.fan_in equals head.intermediate; set it to none")
     if rewiring.method != "none" and rewiring.prune != "threshold" and rewiring.amount >= 1:
         wrong.append(f"rewiring.amount: a fraction must be below 1, found {rewiring.amount}; use 0.1 to 0.3")
     if config.start.source == "data" and head.intermediate and head.activation != "linear":
-        wrong.append("start.source: a start from data needs head.activation linear; set that, or start.source to random")
+        wrong.append(
+            "start.source: a start from data needs head.activation linear; set that, or start.source to random"
+        )
     if auxiliary.enabled and auxiliary.cutoff > train.epochs:
         wrong.append(
             f"auxiliary.cutoff: {auxiliary.cutoff} epochs is after the end of training (train.epochs {train.epochs}); lower it"

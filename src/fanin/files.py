@@ -76,7 +76,9 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path} is missing; run the stage that writes it (dvc repro)") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); rerun the stage that writes it") from None
+        raise InputError(
+            f"{path}, line {error.lineno}: not valid JSON ({error.msg}); rerun the stage that writes it"
+        ) from None
 
 
 def sha256(path: str | Path) -> str:

@@ -135,9 +135,13 @@ class Head(nn.Module):
     def _momenta(self) -> list[tuple[str, Tensor]]:
         raise NotImplementedError
 
-    def rewire(self, schedule: rewiring.Schedule, step: int, generator: torch.Generator, x: Tensor, positives: Positives) -> dict[str, float]:
+    def rewire(
+        self, schedule: rewiring.Schedule, step: int, generator: torch.Generator, x: Tensor, positives: Positives
+    ) -> dict[str, float]:
         """Prune and regrow; only a sparse head can."""
-        raise InputError(f"rewiring.method: {schedule.method} needs head.kind fixed_fan_in; set rewiring.method to none")
+        raise InputError(
+            f"rewiring.method: {schedule.method} needs head.kind fixed_fan_in; set rewiring.method to none"
+        )
 
     # inference ----------------------------------------------------------------------------------------------------
 
@@ -181,7 +185,9 @@ class Head(nn.Module):
         """Load what `model_state` gave. Raises InputError naming `source` where shapes, keys or indices do not fit."""
         own = self.model_state()
         if set(state) != set(own):
-            raise InputError(f"{source}: holds {sorted(state)}, but this head needs {sorted(own)}; rerun the stage that writes it")
+            raise InputError(
+                f"{source}: holds {sorted(state)}, but this head needs {sorted(own)}; rerun the stage that writes it"
+            )
         for key, value in state.items():
             if value.shape != own[key].shape:
                 raise InputError(
@@ -320,7 +326,9 @@ class FixedFanIn(Head):
         update.apply(self.bias[start:stop], g.sum(1), _part(self.bias_momentum, start, stop), decay=False)
 
     @torch.no_grad()
-    def rewire(self, schedule: rewiring.Schedule, step: int, generator: torch.Generator, x: Tensor, positives: Positives) -> dict[str, float]:
+    def rewire(
+        self, schedule: rewiring.Schedule, step: int, generator: torch.Generator, x: Tensor, positives: Positives
+    ) -> dict[str, float]:
         """Prune and regrow in place, chunk by chunk; regrown weights and their momenta start at zero.
 
         x [B, D'] and its positives give RigL's dense gradient (in chunks, only now).
@@ -328,7 +336,9 @@ class FixedFanIn(Head):
         """
         amount = schedule.amount_at(step)
         if schedule.prune == "global":
-            sizes = lambda: (rewiring.magnitude(self._labels_of(self.weight, a, b), self.group) for a, b in self._row_chunks())  # noqa: E731
+            sizes = lambda: (
+                rewiring.magnitude(self._labels_of(self.weight, a, b), self.group) for a, b in self._row_chunks()
+            )  # noqa: E731
             amount = rewiring.global_threshold(sizes, self.index.numel(), amount)
         pruned = moved = 0
         ranges = _Ranges(positives)

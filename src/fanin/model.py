@@ -33,7 +33,9 @@ class Classifier(nn.Module):
     precision: what the encoder computes in (torch.float32, or torch.bfloat16 through autocast).
     """
 
-    def __init__(self, config: Config, encoder: Encoder, intermediate: nn.Linear | None, head: Head, order: Tensor | None) -> None:
+    def __init__(
+        self, config: Config, encoder: Encoder, intermediate: nn.Linear | None, head: Head, order: Tensor | None
+    ) -> None:
         super().__init__()
         self.config, self.encoder, self.intermediate, self.head = config, encoder, intermediate, head
         self.register_buffer("order", order)
@@ -41,7 +43,9 @@ class Classifier(nn.Module):
         self.label_texts: LabelTexts | None = None
 
     @classmethod
-    def build(cls, config: Config, labels: int, order: np.ndarray | None = None, encoder: Encoder | None = None) -> Classifier:
+    def build(
+        cls, config: Config, labels: int, order: np.ndarray | None = None, encoder: Encoder | None = None
+    ) -> Classifier:
         """A classifier with a random head, as `config` describes it; deterministic given config.seed.
 
         order: [L], the labels in the order of the cluster tree; used where labels share index rows (head.group > 1).
@@ -63,7 +67,9 @@ class Classifier(nn.Module):
         rows = None
         if config.head.group > 1:
             if order is None:
-                raise InputError("head.group: labels that share features need the label order of the clusters stage; run it (dvc repro clusters)")
+                raise InputError(
+                    "head.group: labels that share features need the label order of the clusters stage; run it (dvc repro clusters)"
+                )
             rows = torch.from_numpy(np.array(order, dtype=np.int32))
         return cls(config, encoder, intermediate, head, rows)
 
@@ -118,10 +124,14 @@ class Classifier(nn.Module):
         return {key: value.detach().contiguous() for key, value in state.items()}
 
     def _load_layers(self, state: dict[str, Tensor], source: str) -> None:
-        own = {key.removeprefix("intermediate."): value for key, value in state.items() if key.startswith("intermediate.")}
+        own = {
+            key.removeprefix("intermediate."): value for key, value in state.items() if key.startswith("intermediate.")
+        }
         self.head.load_model_state({k: v for k, v in state.items() if not k.startswith("intermediate.")}, source)
         if (self.intermediate is None) != (not own):
-            raise InputError(f"{source}: its intermediate layer and head.intermediate do not agree; rerun the stage that writes it")
+            raise InputError(
+                f"{source}: its intermediate layer and head.intermediate do not agree; rerun the stage that writes it"
+            )
         if self.intermediate is not None:
             if own["weight"].shape != self.intermediate.weight.shape:
                 raise InputError(
@@ -157,7 +167,9 @@ class Classifier(nn.Module):
         try:
             config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), description["config"]))  # type: ignore[assignment]
         except Exception as error:
-            raise InputError(f"{folder / 'fanin.json'}: written by another version of fanin ({error}); train again") from None
+            raise InputError(
+                f"{folder / 'fanin.json'}: written by another version of fanin ({error}); train again"
+            ) from None
         settings = config.encoder
         encoder = Encoder.load(str(folder / "encoder"), settings.pooling, settings.layers, settings.dropout)
         state = _tensors(folder / "head.safetensors")

@@ -24,7 +24,10 @@ def adamw(groups: list[tuple[nn.Module | None, float]], weight_decay: float) -> 
         if module is None:
             continue
         trained = [p for p in module.parameters() if p.requires_grad]
-        for decay, chosen in ((weight_decay, [p for p in trained if p.ndim > 1]), (0.0, [p for p in trained if p.ndim <= 1])):
+        for decay, chosen in (
+            (weight_decay, [p for p in trained if p.ndim > 1]),
+            (0.0, [p for p in trained if p.ndim <= 1]),
+        ):
             if chosen:
                 parameters.append({"params": chosen, "lr": lr, "initial_lr": lr, "weight_decay": decay})
     return torch.optim.AdamW(parameters)

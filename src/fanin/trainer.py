@@ -1,0 +1,326 @@
+"""The training loop: encoder by AdamW, head by its own fused step, rewiring, the auxiliary objective, resumable anywhere.
+
+The state after optimiser step s depends on the settings, the data and s alone, so a run that was killed and goes on from a
+checkpoint ends with exactly the numbers of an unbroken one (same device, threads and library versions).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fanin.checkpoint import (
+    clear_checkpoints,
+    load_checkpoint,
+    load_optimizer_tensors,
+    of_prefix,
+    optimizer_tensors,
+    save_checkpoint,
+    with_prefix,
+)
+from fanin.config import Config
+from fanin.data.batches import Batch, Batches
+from fanin.data.tokens import TokenSet
+from fanin.files import InputError
+from fanin.metrics import csr, match, precision
+from fanin.model import Classifier
+from fanin.objectives import AuxiliaryObjective
+from fanin.optim import adamw, set_learning_rate, warmup_cosine
+from fanin.retrieval import rank
+from fanin.rewiring import Schedule
+
+Log = Callable[[dict[str, float], int], None]
+
+
+class Trainer:
+    """Trains `classifier` in place on rows of a token set.
+
+    train_rows, validation_rows: ascending rows of `tokens`; meta: [L] the meta-label of each label id, or None without the
+    auxiliary objective; checkpoints: the folder for the running state; fingerprint: names settings and data, so that a
+    checkpoint of another run is never taken up; log: called with (metrics, step).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        classifier: Classifier,
+        tokens: TokenSet,
+        train_rows: np.ndarray,
+        validation_rows: np.ndarray,
+        *,
+        pad_id: int,
+        meta: np.ndarray | None = None,
+        checkpoints: Path = Path("checkpoints"),
+        fingerprint: str = "",
+        log: Log = lambda metrics, step: None,
+    ) -> None:
+        settings = config.train
+        self.config, self.settings, self.classifier = config, settings, classifier
+        self.tokens, self.validation_rows = tokens, validation_rows
+        self.checkpoints, self.fingerprint, self.log = checkpoints, fingerprint, log
+        order = None if classifier.order is None else classifier.order.cpu().numpy()
+        label_rows = None if order is None else _inverse(order)
+        self.batches = Batches(tokens, train_rows, settings.batch, config.seed, pad_id, label_rows)
+        if len(self.batches) == 0:
+            raise InputError("train.validation_documents: no training documents are left; lower it")
+        steps_per_epoch = len(self.batches) / settings.accumulation
+        self.total = max(math.ceil(settings.epochs * steps_per_epoch - 1e-9), 1)
+        if settings.max_steps is not None:
+            self.total = min(self.total, settings.max_steps)
+        self.schedule = Schedule(
+            method=config.rewiring.method,
+            prune=config.rewiring.prune,
+            amount=config.rewiring.amount,
+            interval=config.rewiring.interval,
+            end_step=int(config.rewiring.end_fraction * self.total),
+        )
+        self.auxiliary: AuxiliaryObjective | None = None
+        self.cutoff_step = (
+            min(round(config.auxiliary.cutoff * steps_per_epoch), self.total) if config.auxiliary.enabled else 0
+        )
+        if self.cutoff_step:
+            if meta is None:
+                raise InputError(
+                    "auxiliary.enabled: needs the meta-labels of the clusters stage; run it (dvc repro clusters)"
+                )
+            of_row = torch.from_numpy(np.asarray(meta if order is None else meta[order], dtype=np.int64))
+            self.auxiliary = AuxiliaryObjective(
+                classifier.encoder.width, of_row, config.auxiliary.weight, self.cutoff_step
+            )
+            self.auxiliary.to(classifier.device)
+        self.optimizer = self._optimizer()
+        classifier.head.prepare_training(settings.momentum)
+        self.generator = torch.Generator(classifier.device).manual_seed(config.seed + 1)
+        torch.manual_seed(config.seed)
+        self.step = self.documents = 0
+        self.seconds = 0.0
+        self.curves: dict[str, list[dict[str, float]]] = {"train": [], "validation": [], "rewiring": []}
+        self.resumed_from: int | None = None
+        self._stop: int | None = None
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        lr = self.settings.encoder_lr
+        groups: list[tuple[torch.nn.Module | None, float]] = [
+            (self.classifier.encoder, lr),
+            (self.classifier.intermediate, lr),
+        ]
+        if self.auxiliary is not None:
+            groups.append((self.auxiliary, self.settings.meta_lr))  # last, so that dropping it moves no other group
+        return adamw(groups, self.settings.encoder_weight_decay)
+
+    # the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end, from the newest checkpoint of this run if there is one.
+
+        SIGINT and SIGTERM are taken at the next step's end: a checkpoint is written, then the signal goes its usual way.
+        Raises InputError where the loss is no longer finite.
+        """
+        self._resume()
+        self.classifier.train()
+        began, before = time.monotonic(), self.seconds
+        stream = self._stream(self.step * self.settings.accumulation)
+        with _signals(self._on_signal), self._progress() as bar:
+            while self.step < self.total:
+                metrics = self._train_step(stream)
+                self.seconds = before + time.monotonic() - began
+                bar.update()
+                if metrics:
+                    bar.set_postfix_str(
+                        f"loss {metrics['loss']:.2f}, {metrics['documents_per_second']:.0f} documents/s"
+                    )
+                if self._due(self.settings.validate_every) or (
+                    self.step == self.total and self.settings.validate_every
+                ):
+                    self._validate(bar)
+                if self._stop is not None or (self._due(self.settings.checkpoint_every) and self.step < self.total):
+                    self.save()
+                if self._stop is not None:
+                    break
+        if self._stop is not None:
+            print(
+                f"stopped at step {self.step} of {self.total}; the checkpoint is in {self.checkpoints}", file=sys.stderr
+            )
+            signal.raise_signal(self._stop)
+            raise KeyboardInterrupt
+        self.classifier.head.finish_training()
+        self.classifier.eval()
+        clear_checkpoints(self.checkpoints)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _stream(self, micro: int) -> Iterator[Batch]:
+        """Micro-batches from number `micro` on, over epoch after epoch."""
+        epoch, skip = divmod(micro, len(self.batches))
+        while True:
+            yield from self.batches.epoch(epoch, skip)
+            epoch, skip = epoch + 1, 0
+
+    def _train_step(self, stream: Iterator[Batch]) -> dict[str, float]:
+        settings, classifier, auxiliary = self.settings, self.classifier, self.auxiliary
+        share = 1 / settings.accumulation
+        factor = warmup_cosine(self.step, settings.warmup, self.total)
+        coefficient = auxiliary.coefficient(self.step) if auxiliary is not None else 0.0
+        logged = (self.step + 1) % settings.log_every == 0 or self.step + 1 == self.total
+        main_loss, meta_loss, documents = 0.0, 0.0, 0
+        for _ in range(settings.accumulation):
+            batch = next(stream)
+            positives = batch.positives.to(classifier.device)
+            embedding = classifier.embed(batch.ids.to(classifier.device), batch.mask.to(classifier.device))
+            features = classifier.project(embedding)
+            dx, loss = classifier.head.step(
+                features.detach(),
+                positives,
+                lr=settings.head_lr * factor,
+                momentum=settings.momentum,
+                weight_decay=settings.head_weight_decay,
+                scale=(1 - coefficient) * share,
+                want_loss=logged,
+            )
+            outputs: list[Tensor] = [features]
+            gradients: list[Tensor | None] = [dx.mul_((1 - coefficient) * share)]
+            if auxiliary is not None:
+                meta = auxiliary(embedding, positives)
+                outputs.append(meta * (coefficient * share))
+                gradients.append(None)
+                meta_loss += meta.item() if logged else 0.0
+            torch.autograd.backward(outputs, gradients)
+            documents += len(batch.rows)
+            main_loss += loss.item() if loss is not None else 0.0
+        set_learning_rate(self.optimizer, factor)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.documents += documents
+        if logged and not math.isfinite(main_loss + meta_loss):
+            raise InputError(
+                f"the loss is {main_loss + meta_loss} at step {self.step}; lower train.encoder_lr ({settings.encoder_lr}) or "
+                f"train.head_lr ({settings.head_lr}); earlier checkpoints are in {self.checkpoints}"
+            )
+        if self.schedule.due(self.step):
+            moved = classifier.head.rewire(self.schedule, self.step, self.generator, features, positives)
+            self._record("rewiring", moved | {"share": moved["moved"] / max(moved["entries"], 1)})
+        if auxiliary is not None and self.step >= self.cutoff_step:
+            self._drop_auxiliary()
+        if not logged:
+            return {}
+        metrics = {"loss": main_loss / documents, "lambda": coefficient, "encoder_lr": settings.encoder_lr * factor}
+        metrics |= {"head_lr": settings.head_lr * factor, "meta_loss": meta_loss / documents}
+        metrics["documents_per_second"] = self.documents / max(self.seconds, 1e-9) if self.seconds else 0.0
+        self._record("train", metrics)
+        return metrics
+
+    def _drop_auxiliary(self) -> None:
+        """Free the branch: its weights, gradients and optimiser state."""
+        if self.auxiliary is None:
+            return
+        own = {id(parameter) for parameter in self.auxiliary.parameters()}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in own:
+                    self.optimizer.state.pop(parameter, None)
+        self.optimizer.param_groups[:] = [g for g in self.optimizer.param_groups if id(g["params"][0]) not in own]
+        self.auxiliary = None
+
+    @torch.no_grad()
+    def _validate(self, bar: tqdm) -> None:
+        if not len(self.validation_rows):
+            return
+        self.classifier.eval()
+        ranked, _ = rank(self.classifier, self.tokens, self.validation_rows, min(5, self.classifier.head.labels), 256)
+        found = precision(match(ranked, *csr(self.tokens.labels(self.validation_rows))))
+        self._record("validation", found)
+        bar.write(
+            f"step {self.step}: validation " + ", ".join(f"{key} {value:.1f}" for key, value in found.items()),
+            file=sys.stderr,
+        )
+        self.classifier.train()
+
+    def _record(self, curve: str, values: dict[str, float]) -> None:
+        self.curves[curve].append({"step": self.step, **values})
+        prefix = "" if curve == "train" else f"{curve}/"
+        self.log({prefix + key: value for key, value in values.items()}, self.step)
+
+    def _progress(self) -> tqdm:
+        quiet = not sys.stderr.isatty()
+        return tqdm(total=self.total, initial=self.step, unit="step", desc="train", mininterval=10 if quiet else 0.2)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop = number
+
+    # state --------------------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        tensors = with_prefix("classifier", dict(self.classifier.state_dict()))
+        tensors |= with_prefix("optimizer", optimizer_tensors(self.optimizer))
+        if self.auxiliary is not None:
+            tensors |= with_prefix("auxiliary", dict(self.auxiliary.state_dict()))
+        tensors |= {"rng.torch": torch.get_rng_state(), "rng.rewiring": self.generator.get_state()}
+        if self.classifier.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.classifier.device)
+        state = {
+            "fingerprint": self.fingerprint,
+            "documents": self.documents,
+            "seconds": self.seconds,
+            "curves": self.curves,
+            "precision": str(self.classifier.precision).removeprefix("torch."),
+        }
+        return save_checkpoint(self.checkpoints, self.step, tensors, state)
+
+    def _resume(self) -> None:
+        found = load_checkpoint(self.checkpoints, self.fingerprint)
+        if found is None:
+            clear_checkpoints(self.checkpoints)
+            return
+        tensors, state = found
+        self.step, self.documents, self.seconds = state["step"], state["documents"], state["seconds"]
+        self.curves = state["curves"]
+        if self.step >= self.cutoff_step:
+            self._drop_auxiliary()
+        self.classifier.load_state_dict(of_prefix("classifier", tensors))
+        self.classifier.precision = getattr(torch, state["precision"])
+        load_optimizer_tensors(self.optimizer, of_prefix("optimizer", tensors))
+        if self.auxiliary is not None:
+            self.auxiliary.load_state_dict(of_prefix("auxiliary", tensors))
+        torch.set_rng_state(tensors["rng.torch"])
+        self.generator.set_state(tensors["rng.rewiring"])
+        if "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.classifier.device)
+        self.resumed_from = self.step
+        print(f"resuming at step {self.step} of {self.total}", file=sys.stderr)
+
+
+class _signals:
+    """Take SIGINT and SIGTERM for the time of the loop; the handlers before come back after it."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
+        self.handler = handler
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self.handler) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def _inverse(order: np.ndarray) -> np.ndarray:
+    rows = np.empty(len(order), dtype=np.int64)
+    rows[order] = np.arange(len(order))
+    return rows

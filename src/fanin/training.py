@@ -1,0 +1,175 @@
+"""The train stage: from tokens, clusters and a start to a trained model folder and its records."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fanin.config import Config
+from fanin.data.batches import split
+from fanin.data.tokens import TokenSet
+from fanin.encoder import choose_precision
+from fanin.files import InputError, atomic_path, read_json, sha256, write_json
+from fanin.heads import FixedFanIn
+from fanin.model import Classifier
+from fanin.trainer import Log, Trainer
+
+# columns of the curves, in this order; DVC and the report read them
+CURVES = {
+    "train": ("step", "loss", "meta_loss", "lambda", "encoder_lr", "head_lr", "documents_per_second"),
+    "validation": ("step", "P@1", "P@3", "P@5"),
+    "rewiring": ("step", "entries", "pruned", "moved", "share"),
+}
+# settings that change how a run is watched, not what it computes
+_WATCHING = ("log_every", "checkpoint_every")
+
+
+def train(
+    config: Config,
+    *,
+    tokens_folder: Path = Path("data/tokens"),
+    clusters_folder: Path = Path("data/clusters"),
+    start_folder: Path = Path("data/start"),
+    labels: Path = Path("data/corpus/labels.parquet"),
+    models: Path = Path("models"),
+    reports: Path = Path("reports"),
+    checkpoints: Path = Path("checkpoints"),
+    log: Log = lambda metrics, step: None,
+) -> dict[str, Any]:
+    """Train as `config` says; leaves the model folder, train.json and the curves. Returns train.json's content.
+
+    Raises InputError for inputs that are missing or do not fit the settings.
+    """
+    description = read_json(tokens_folder / "tokens.json")
+    tokens = TokenSet.open(tokens_folder / "train.arrow")
+    train_rows, validation_rows = split(
+        description["documents"]["train"], config.train.validation_documents, config.seed
+    )
+    if len(tokens) > description["documents"]["train"]:  # label documents follow the true ones
+        train_rows = np.concatenate([train_rows, np.arange(description["documents"]["train"], len(tokens))])
+    order, meta = (_load(clusters_folder / name, description["labels"]) for name in ("order.npy", "meta.npy"))
+
+    device = _device(config.train.device)
+    classifier = Classifier.build(config, description["labels"], order)
+    classifier.load_start(start_folder / "head.safetensors")
+    classifier.precision = choose_precision(config.train.precision, device)
+    classifier.to(device)
+    use_before = _feature_use(classifier)
+    index_before = classifier.head.index.cpu().clone() if isinstance(classifier.head, FixedFanIn) else None
+
+    trainer = Trainer(
+        config,
+        classifier,
+        tokens,
+        train_rows,
+        validation_rows,
+        pad_id=description["pad_id"],
+        meta=meta,
+        checkpoints=checkpoints,
+        fingerprint=_fingerprint(config, tokens_folder, clusters_folder, start_folder),
+        log=log,
+    )
+    optimizer_bytes = classifier.head.bytes()["optimizer"]
+    trainer.run()
+    classifier.save(models, labels)
+
+    head = classifier.head
+    summary = {
+        "steps": trainer.step,
+        "documents": trainer.documents,
+        "seconds": round(trainer.seconds, 3),
+        "documents_per_second": round(trainer.documents / max(trainer.seconds, 1e-9), 2),
+        "batch": config.train.batch * config.train.accumulation,
+        "precision": str(classifier.precision).removeprefix("torch."),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "resumed_from": trainer.resumed_from,
+        "final_loss": trainer.curves["train"][-1]["loss"],
+        "validation": trainer.curves["validation"][-1] if trainer.curves["validation"] else None,
+        "labels": head.labels,
+        "features": head.width,
+        "head_bytes": head.bytes() | {"optimizer": optimizer_bytes},
+        "intermediate_bytes": sum(p.numel() * p.element_size() for p in classifier.intermediate.parameters())
+        if classifier.intermediate is not None
+        else 0,
+        "dense_fp32_bytes": 4 * head.labels * classifier.encoder.width,
+        "peak_rss_mib": _peak_rss_mib(),
+        "feature_use_start": use_before,
+        "feature_use": _feature_use(classifier),
+        "moved": _moved(classifier, index_before),
+    }
+    if device.type == "cuda":
+        summary["peak_allocated_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+    for curve, columns in CURVES.items():
+        _write_curve(reports / f"{curve}_curve.csv", columns, trainer.curves[curve])
+    write_json(reports / "train.json", summary)
+    return summary
+
+
+def _device(setting: str) -> torch.device:
+    if setting == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if setting.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"train.device: {setting} was asked for, but torch sees no CUDA device; set it to auto or cpu")
+    return torch.device(setting)
+
+
+def _load(path: Path, labels: int) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"{path}: {error}; run the clusters stage (dvc repro clusters)") from None
+    if array.shape != (labels,):
+        raise InputError(f"{path}: holds {array.shape}, but the corpus has {labels} labels; rerun the clusters stage")
+    return array
+
+
+def _fingerprint(config: Config, tokens: Path, clusters: Path, start: Path) -> str:
+    """Names what decides a run's numbers: settings and inputs."""
+    settings = dataclasses.asdict(config)
+    for section in ("evaluate", "memory", "tracking"):
+        settings.pop(section)
+    for name in _WATCHING:
+        settings["train"].pop(name)
+    inputs = [tokens / "train.arrow", clusters / "order.npy", clusters / "meta.npy", start / "head.safetensors"]
+    parts = [json.dumps(settings, sort_keys=True), *(sha256(path) for path in inputs)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _feature_use(classifier: Classifier) -> list[int] | None:
+    return classifier.head.feature_use().tolist() if isinstance(classifier.head, FixedFanIn) else None
+
+
+def _moved(classifier: Classifier, before: torch.Tensor | None) -> float | None:
+    """The share of index entries that read a feature which their row did not read at the start."""
+    if before is None:
+        return None
+    new, rows = 0, 4096
+    after = classifier.head.index.cpu()
+    for first in range(0, len(before), rows):
+        old = before[first : first + rows].to(torch.int32)
+        now = after[first : first + rows].to(torch.int32)
+        place = torch.searchsorted(old, now).clamp_(max=old.shape[1] - 1)  # rows are ascending
+        new += int((old.gather(1, place) != now).sum())
+    return new / before.numel()
+
+
+def _write_curve(path: Path, columns: tuple[str, ...], rows: list[dict[str, float]]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _peak_rss_mib() -> float:
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
