@@ -1,0 +1,1 @@
+"""Corpora: from raw files to parquet, tokens and batches."""
