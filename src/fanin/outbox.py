@@ -13,87 +13,23 @@ hand). Its key follows from that process, so all stages of one `dvc repro` find 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from fanin.files import write_json
+from fanin.owner import Owner, project_root
 
 LINK_BYTES = 2**20  # a file of this size or more is hard-linked into the outbox, a smaller one copied
 SENT = "sent"
 FOREIGN_SILENCE = 3600.0  # seconds after which a run of another host that writes nothing counts as dead
 
 Event = dict[str, Any]
-
-
-def project_root() -> Path:
-    """The folder of mlflow.db and outbox/: $FANIN_ROOT, else the repository that a `dvc exp` copy was made from, else here."""
-    if os.environ.get("FANIN_ROOT"):
-        return Path(os.environ["FANIN_ROOT"]).resolve()
-    here = Path.cwd()
-    parts = here.parts
-    for i in range(len(parts) - 2):
-        if parts[i : i + 3] == (".dvc", "tmp", "exps"):
-            return Path(*parts[:i])
-    return Path(os.environ.get("DVC_ROOT") or here)
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A process, told apart from a later one with the same number by its start."""
-
-    host: str
-    pid: int
-    started: float  # seconds since the epoch
-
-    @classmethod
-    def of(cls, process: psutil.Process) -> Owner:
-        return cls(socket.gethostname(), process.pid, round(process.create_time(), 2))
-
-    @classmethod
-    def this(cls) -> Owner:
-        return cls.of(psutil.Process())
-
-    @property
-    def local(self) -> bool:
-        return self.host == socket.gethostname()
-
-    def alive(self) -> bool:
-        """Whether this very process still runs here; False for one of another host."""
-        try:
-            process = psutil.Process(self.pid)
-            # Linux derives the start from the boot time, which a clock adjustment moves: a second's tolerance
-            return self.local and abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
-
-    def key(self, root: Path) -> str:
-        """Readable name of the pipeline run that this process owns, the same for all its stages."""
-        moment = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.started))
-        digest = hashlib.sha256(f"{self.host} {self.pid} {self.started} {root}".encode()).hexdigest()
-        return f"{moment}-{digest[:8]}"
-
-
-def find_owner() -> Owner:
-    """The nearest `dvc` process above this one, else this process itself."""
-    me = psutil.Process()
-    try:
-        for process in me.parents():
-            if any(Path(word).name == "dvc" for word in process.cmdline()[:3]):
-                return Owner.of(process)
-    except psutil.Error:  # a process that ended, or one that may not be looked at
-        pass
-    return Owner.of(me)
 
 
 class Journal:
@@ -123,11 +59,9 @@ class Journal:
 
     def events(self, offset: int = 0) -> Iterator[tuple[int, Event]]:
         """Whole events from a byte offset on, each with the offset after it; a torn line is passed over."""
-        try:
-            file = open(self.path, "rb")
-        except FileNotFoundError:
+        if not self.path.exists():
             return
-        with file:
+        with open(self.path, "rb") as file:
             file.seek(offset)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -145,6 +79,11 @@ class Journal:
             if entry["event"] == event:
                 found = entry
         return found
+
+    def ended(self, status: str) -> bool:
+        """Whether the run has ended with this status."""
+        end = self.last("end")
+        return end is not None and end["status"] == status
 
     def tags(self) -> dict[str, str]:
         """All tags, the latest value of each."""
@@ -183,18 +122,40 @@ class Journal:
             _copy(str(source), str(target))
         return str(target.relative_to(self.folder))
 
-    # what the server was told: written by the sender alone
+    def artifact(self, source: Path, folder: str) -> None:
+        """Keep a file or folder (see `keep`) and note it as an artifact to be sent."""
+        self.append("artifact", path=self.keep(source, source.name), folder=folder, directory=source.is_dir())
+
     def state(self) -> dict[str, Any]:
+        """What the server has of it, as the sender noted: uri, experiment, run_id, offset; empty if nothing."""
         try:
             return json.loads((self.folder / "state.json").read_text())
         except (FileNotFoundError, ValueError):
             return {}
 
     def save_state(self, state: Mapping[str, Any]) -> None:
+        """Replace the sender's note."""
         write_json(self.folder / "state.json", dict(state))
 
     def unsent(self) -> bool:
-        return self.path.exists() and self.path.stat().st_size > self.state().get("offset", 0)
+        """Whether there is something that the server was not told."""
+        return self.end_of_whole_lines() > self.state().get("offset", 0)
+
+    def end_of_whole_lines(self) -> int:
+        """Length of the journal without a line that is still being written, in bytes."""
+        try:
+            with open(self.path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                while size > 0:
+                    start = max(0, size - 65536)
+                    file.seek(start)
+                    newline = file.read(size - start).rfind(b"\n")
+                    if newline >= 0:
+                        return start + newline + 1
+                    size = start
+        except FileNotFoundError:
+            pass
+        return 0
 
 
 def _copy(source: str, target: str) -> str:
@@ -249,6 +210,13 @@ class Outbox:
         if target.exists():
             shutil.rmtree(target)
         pipeline.folder.rename(target)
+
+    def unarchive(self) -> None:
+        """Put the sent pipeline runs back as if no server had heard of them."""
+        for path in sorted((self.folder / SENT).glob("*/journal.jsonl")):
+            for state in path.parent.rglob("state.json"):
+                state.unlink()
+            path.parent.rename(self.folder / path.parent.name)
 
     @contextmanager
     def lock(self, name: str, *, wait: bool) -> Iterator[bool]:
