@@ -260,8 +260,8 @@ def test_intervals_do_not_depend_on_how_the_work_is_cut(monkeypatch):
     ranked, true, frequency = random_case(4, 60, labels=130, width=20)
     contributions = evaluate(ranked, true, metrics.inverse_propensity(frequency, 500, 0.55, 1.5))
     whole = contributions.intervals(50, seed=1)
-    monkeypatch.setattr(metrics, "_WEIGHTS", 100)
-    monkeypatch.setattr(metrics, "_CHUNK", 7)
+    monkeypatch.setattr(metrics, "_RESAMPLES", 3)
+    monkeypatch.setattr(metrics, "_BLOCK", 7)
     pieces = contributions.intervals(50, seed=1)
     assert pieces.keys() == whole.keys()
     for name, ends in whole.items():
