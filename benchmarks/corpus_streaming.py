@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import io
 import json
 import platform
 import re
@@ -97,7 +98,7 @@ def generate(raw: Path, count: int, labels: int, layout: str, packed: bool) -> G
 
 def _writer(stack: ExitStack, path: Path, packed: bool) -> Callable[[str], Any]:
     binary: Any = gzip.GzipFile(f"{path}.gz", "wb", compresslevel=1) if packed else path.open("wb")
-    file = stack.enter_context(binary)
+    file = stack.enter_context(io.BufferedWriter(binary, 1 << 20))
     return lambda line: file.write(line.encode() + b"\n")
 
 
@@ -148,7 +149,7 @@ def _commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    dirty = git("status", "--porcelain", "--", "src", "benchmarks/corpus_streaming.py")
+    dirty = git("status", "--porcelain", "--", "src/fanin/data", "benchmarks/corpus_streaming.py")
     return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fanin.config import Config
-from fanin.data.sources import Document, Source, open_source
+from fanin.config import Config, Corpus
+from fanin.data.sources import Document, Facts, OwnParquet, Source
+from fanin.data.wordnet import WordNet
+from fanin.data.xc import PUBLISHED, REPOSITORY, XcJson, XcRaw, XcSparse
 from fanin.files import InputError, atomic_path
 
 DOCUMENTS = pa.schema([("text", pa.string()), ("labels", pa.list_(pa.int32()))])
@@ -47,6 +49,22 @@ def build_corpus(config: Config, raw: Path, out: Path) -> dict[str, Any]:
         }
         (folder / "corpus.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return facts
+
+
+def open_source(corpus: Corpus, raw: Path) -> Source:
+    """The source that `corpus.format` names, over the folder `raw`. Raises InputError where files are missing."""
+    if corpus.format == "wordnet":
+        return WordNet(raw, corpus.task)
+    facts = Facts(f"{raw.name} ({corpus.format})", "not stated in the files")
+    if raw.name in PUBLISHED:
+        facts = Facts(f"{PUBLISHED[raw.name]}, Extreme Classification Repository, {REPOSITORY}", "as stated by the source")
+    layouts: dict[str, Callable[[Path, Facts], Source]] = {
+        "xc_json": XcJson,
+        "xc_sparse": XcSparse,
+        "xc_raw": XcRaw,
+        "parquet": OwnParquet,
+    }
+    return layouts[corpus.format](raw, facts)
 
 
 def _write(source: Source, folder: Path, label_documents: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a corpus is read from: the interface of a raw layout, the choice of one, and our own parquet."""
+"""What a corpus is read from: the interface of a raw layout, and our own parquet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fanin.config import Corpus
 from fanin.data.lines import check_labels, check_text, quote
 from fanin.files import InputError
 
@@ -58,20 +57,6 @@ class Source(Protocol):
         `documents` is the number of test documents.
         """
         ...
-
-
-def open_source(corpus: Corpus, raw: Path) -> Source:
-    """The source that `corpus.format` names, over the folder `raw`. Raises InputError where files are missing."""
-    from fanin.data.wordnet import WordNet
-    from fanin.data.xc import PUBLISHED, REPOSITORY, XcJson, XcRaw, XcSparse
-
-    if corpus.format == "wordnet":
-        return WordNet(raw, corpus.task)
-    facts = Facts(f"{raw.name} ({corpus.format})", "not stated in the files")
-    if raw.name in PUBLISHED:
-        facts = Facts(f"{PUBLISHED[raw.name]}, Extreme Classification Repository, {REPOSITORY}", "as stated by the source")
-    layouts: dict[str, Any] = {"xc_json": XcJson, "xc_sparse": XcSparse, "xc_raw": XcRaw, "parquet": OwnParquet}
-    return layouts[corpus.format](raw, facts)
 
 
 class OwnParquet:
