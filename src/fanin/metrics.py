@@ -223,29 +223,25 @@ class _Chunk:
     def whole(self) -> dict[str, np.ndarray]:
         discount = 1 / np.log2(np.arange(PRECISION_AT[-1]) + 2)
         ideal = np.cumsum(discount)
+        # A document without true labels has no hits either: any divisor but 0 will do.
+        span = {k: ideal[np.clip(self.counts, 1, k) - 1] for k in PRECISION_AT}
         columns: dict[str, np.ndarray] = {"documents": np.ones(self.documents)}
-        for k in PRECISION_AT:
-            # A document without true labels has no hits either: any divisor but 0 will do.
-            span = ideal[np.clip(self.counts, 1, k) - 1]
-            columns[f"P@{k}"] = self.hits[:, :k].sum(1) / k
-            columns[f"nDCG@{k}"] = _dot(self.hits, discount, k) / span
-            columns[f"PSP@{k}"] = self.gain[:, :k].sum(1) / k
-            columns[f"best PSP@{k}"] = self.best[:, :k].sum(1) / k
-            columns[f"PSnDCG@{k}"] = _dot(self.gain, discount, k) / span
-            columns[f"best PSnDCG@{k}"] = _dot(self.best, discount, k) / span
-        for k in RECALL_AT:
-            columns[f"recall@{k}"] = self.hits[:, :k].sum(1) / np.maximum(self.counts, 1)
+        columns |= {f"P@{k}": self.hits[:, :k].sum(1) / k for k in PRECISION_AT}
+        columns |= {f"nDCG@{k}": _dot(self.hits, discount, k) / span[k] for k in PRECISION_AT}
+        columns |= {f"PSP@{k}": self.gain[:, :k].sum(1) / k for k in PRECISION_AT}
+        columns |= {f"best PSP@{k}": self.best[:, :k].sum(1) / k for k in PRECISION_AT}
+        columns |= {f"PSnDCG@{k}": _dot(self.gain, discount, k) / span[k] for k in PRECISION_AT}
+        columns |= {f"best PSnDCG@{k}": _dot(self.best, discount, k) / span[k] for k in PRECISION_AT}
+        columns |= {f"recall@{k}": self.hits[:, :k].sum(1) / np.maximum(self.counts, 1) for k in RECALL_AT}
         return columns
 
     def of_group(self, member: np.ndarray) -> dict[str, np.ndarray]:
         hits = self.hits & member[self.ranked]
         counts = np.bincount(self.owner[member[self.true]], minlength=self.documents)
         columns: dict[str, np.ndarray] = {"documents": counts > 0}
-        for k in PRECISION_AT:
-            columns[f"P@{k}"] = hits[:, :k].sum(1) / k
-            columns[f"PSP@{k}"] = np.where(hits[:, :k], self.gain[:, :k], 0).sum(1) / k
-        for k in RECALL_AT:
-            columns[f"recall@{k}"] = hits[:, :k].sum(1) / np.maximum(counts, 1)
+        columns |= {f"P@{k}": hits[:, :k].sum(1) / k for k in PRECISION_AT}
+        columns |= {f"PSP@{k}": np.where(hits[:, :k], self.gain[:, :k], 0).sum(1) / k for k in PRECISION_AT}
+        columns |= {f"recall@{k}": hits[:, :k].sum(1) / np.maximum(counts, 1) for k in RECALL_AT}
         return columns
 
 
