@@ -1,0 +1,229 @@
+"""The report's sections: what the template shows of each, from the stages' records; escaping is the template's work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fanin import figures
+from fanin.config import Config
+from fanin.records import Records
+
+EXAMPLES = 10
+SAMPLE = 7  # their draw: not the run's seed, so that two runs show the same documents
+SHOWN_LABELS = 5  # predictions shown of an example
+MOST_LABELS = 12  # labels of one document that the page lists
+LONGEST_TEXT = 600  # characters of a document that the page shows
+LONGEST_LABEL = 120
+GROUPS = ("head", "torso", "tail")
+HEAD_NAMES = {"fixed_fan_in": "fixed fan-in", "dense": "dense", "bottleneck": "bottleneck"}
+# memory's parts: key -> (name, the page's colour)
+PARTS = {
+    "encoder": ("encoder", 1),
+    "activations": ("activations", 3),
+    "head_weights": ("head weights", 2),
+    "indices": ("head indices", 4),
+    "optimizer": ("optimiser state", 5),
+    "buffers": ("buffers", 6),
+}
+
+
+def task(records: Records, config: Config) -> dict[str, Any]:
+    """Counts, three training documents with their labels, and how often labels occur."""
+    corpus, tokens = records.json("data/corpus/corpus.json"), records.json("data/tokens/tokens.json")
+    path = "data/corpus/train.parquet"
+    own = corpus.get("train_documents")  # label documents follow after them
+    total = min(records.count(path), own or records.count(path))
+    chosen = np.linspace(0, total - 1, 5).astype(int)[1:4].tolist() if total else []
+    documents = records.rows(path, chosen, ("text", "labels"))
+    names = label_texts(records, (label for document in documents for label in document["labels"]))
+    frequency = records.column("data/corpus/labels.parquet", "frequency")
+    evaluate = config.evaluate
+    return {
+        "corpus": corpus,
+        "tokens": tokens,
+        "documents": [
+            {
+                "text": shortened(one["text"]),
+                "labels": [names.get(label, f"label {label}") for label in one["labels"][:MOST_LABELS]],
+                "more": max(0, len(one["labels"]) - MOST_LABELS),
+            }
+            for one in documents
+        ],
+        "chart": figures.label_frequency(frequency),
+        "unseen": int((frequency == 0).sum()),
+        "groups": {
+            "head": int((frequency >= evaluate.head_frequency).sum()),
+            "torso": int(((frequency > evaluate.tail_frequency) & (frequency < evaluate.head_frequency)).sum()),
+            "tail": int((frequency <= evaluate.tail_frequency).sum()),
+        },
+    }
+
+
+def training(records: Records, config: Config) -> dict[str, Any]:
+    """The curves by step and what the training took."""
+    curve = records.table("reports/train_curve.csv")
+    validation = records.table("reports/validation_curve.csv") if config.train.validate_every else {}
+    start = records.json("data/start/start.json")
+    zero_shot = start.get("zero_shot") if isinstance(start.get("zero_shot"), Mapping) else None
+    charts = [
+        figures.validation(validation, zero_shot),
+        *figures.training(curve, {"encoder": config.train.encoder_lr, "head": config.train.head_lr}),
+    ]
+    return {"charts": [chart for chart in charts if chart is not None], "start": start}
+
+
+def accuracy(records: Records, config: Config) -> dict[str, Any]:
+    """All metrics as a grid with their intervals; labels by group and by frequency bucket."""
+    metrics, evaluation = records.json("reports/metrics.json"), records.json("reports/evaluation.json")
+    intervals = evaluation.get("intervals") or {}
+    splits, buckets = evaluation.get("splits") or {}, evaluation.get("buckets") or []
+    groups = [name for name in GROUPS if name in splits]
+    charts = []
+    for name, title in (("recall@5", "Recall@5 by group of labels"), ("PSP@5", "What each group adds to PSP@5")):
+        values = [splits[group].get(name) for group in groups]
+        pairs = [_pair(intervals.get(f"{group}/{name}")) for group in groups]
+        categories = [(group, f"{splits[group]['labels']:,} labels" if "labels" in splits[group] else "") for group in groups]
+        charts.append(figures.by_frequency(title, categories, {name: values}, {name: pairs}, "labels"))
+    recalls = {f"recall@{k}": [bucket.get(f"recall@{k}") for bucket in buckets] for k in (5, 100)}
+    if buckets:
+        categories = [(str(bucket["bucket"]).replace("-", "\u2013"), "") for bucket in buckets]
+        title = "Recall by how often a label was seen"
+        charts.append(figures.by_frequency(title, categories, recalls, {}, "training documents of the label"))
+    return {
+        "grid": grid(metrics, intervals),
+        "metrics": metrics,
+        "intervals": {name: _pair(interval) for name, interval in intervals.items()},
+        "documents": evaluation.get("documents"),
+        "notes": evaluation.get("notes") or [],
+        "charts": [chart for chart in charts if chart is not None],
+        "buckets": buckets,
+    }
+
+
+def grid(metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Metrics named `<name>@<k>` as rows by name and columns by k; each cell (value, interval) or None."""
+    found: dict[str, dict[int, tuple[float, tuple[float, float] | None]]] = {}
+    for key, value in metrics.items():
+        name = re.fullmatch(r"(\w+)@(\d+)", key)
+        if name:
+            found.setdefault(name[1], {})[int(name[2])] = (value, _pair(intervals.get(key)))
+    columns = sorted({k for row in found.values() for k in row})
+    order = ["P", "nDCG", "PSP", "PSnDCG", "recall"]
+    names = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
+    return {"columns": columns, "rows": [(name, [found[name].get(k) for k in columns]) for name in names]}
+
+
+def memory(records: Records, config: Config) -> dict[str, Any]:
+    """Bars of predicted parts beside measured peaks, and the curve over numbers of labels."""
+    found = records.json("reports/memory.json")
+    bars, columns = [], []
+    for run in found.get("runs", []):
+        name = HEAD_NAMES.get(run["head"], run["head"])
+        predicted, measured = run.get("predicted_mib") or {}, run.get("measured_mib") or {}
+        parts = [(PARTS[key][0], PARTS[key][1], predicted[key]) for key in PARTS if predicted.get(key)]
+        if parts:
+            columns.append((name, predicted))
+            total = predicted.get("total", sum(part[2] for part in parts))
+            bars.append({"name": name, "kind": "predicted", "parts": parts, "total": total})
+        if measured.get("peak") is not None:
+            bars.append({"name": name, "kind": "measured", "parts": [], "total": measured["peak"]})
+    names = {run["head"]: HEAD_NAMES.get(run["head"], run["head"]) for run in found.get("scale", [])}
+    return {
+        "bars": bars,
+        "heads": [name for name, _ in columns],
+        "parts": [
+            (part, [predicted.get(key) for _, predicted in columns])
+            for key, part in [*((key, part) for key, (part, _) in PARTS.items()), ("total", "total")]
+        ],
+        "most": max((bar["total"] for bar in bars), default=0),
+        "legend": [part for key, part in PARTS.items() if any(part[0] == p[0] for bar in bars for p in bar["parts"])],
+        "chart": figures.memory_scale(found.get("scale", []), names),
+        "scale": found.get("scale", []),
+        "names": names,
+        "device": found.get("device"),
+    }
+
+
+def fan_in(records: Records, config: Config) -> dict[str, Any] | None:
+    """Which features labels read; None for a head that reads them all."""
+    if config.head.kind != "fixed_fan_in":
+        return None
+    train = records.json("reports/train.json")
+    use = train.get("feature_use") or []
+    table = records.table("reports/rewiring_curve.csv") if config.rewiring.method != "none" else {}
+    charts = figures.fan_in_use(use, train.get("feature_use_start")) if use else []
+    charts.append(figures.rewiring(table))
+    ordered = np.sort(np.asarray(use, dtype=np.int64))[::-1]
+    top = max(1, len(ordered) // 10)
+    return {
+        "charts": [chart for chart in charts if chart is not None],
+        "features": len(use),
+        "unread": int((ordered == 0).sum()),
+        "most": int(ordered[0]) if len(ordered) else None,
+        "median": float(np.median(ordered)) if len(ordered) else None,
+        "top_share": float(100 * ordered[:top].sum() / max(1, ordered.sum())) if len(ordered) else None,
+        "moved": train.get("moved"),
+        "rewirings": len(table.get("step", [])),
+        "method": config.rewiring.method,
+    }
+
+
+def examples(records: Records, config: Config) -> list[dict[str, Any]]:
+    """Test documents drawn at random: their predictions, best first, marked right or wrong, and the labels missed."""
+    path = "reports/predictions.parquet"
+    found = []
+    for row in records.rows(path, records.sample(path, EXAMPLES, SAMPLE)):
+        ranks = {label: rank for rank, label in enumerate(row["predicted"], 1)}
+        texts = zip(row["labels"], row["label_texts"], strict=True)
+        missed = [
+            (label_name(text, label), ranks.get(label))
+            for label, text in texts
+            if ranks.get(label, SHOWN_LABELS + 1) > SHOWN_LABELS
+        ]
+        predicted = zip(row["predicted"], row["predicted_texts"], row["hits"], row["scores"], strict=True)
+        found.append(
+            {
+                "document": row["document"],
+                "text": shortened(row["text"]),
+                "predictions": [
+                    (label_name(text, label), hit, score) for label, text, hit, score in list(predicted)[:SHOWN_LABELS]
+                ],
+                "missed": missed[:MOST_LABELS],
+                "more": max(0, len(missed) - MOST_LABELS),
+            }
+        )
+    return found
+
+
+def stages(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """(stage, seconds, per cent of the longest)."""
+    longest = max(seconds.values(), default=0) or 1
+    return [(name, value, 100 * value / longest) for name, value in seconds.items()]
+
+
+def label_texts(records: Records, labels: Iterable[int]) -> dict[int, str]:
+    """Texts of some labels; labels.parquet holds label l in row l."""
+    wanted = sorted(set(labels))
+    rows = records.rows("data/corpus/labels.parquet", wanted, ("id", "text")) if wanted else []
+    return {row["id"]: label_name(row["text"], row["id"]) for row in rows}
+
+
+def label_name(text: str | None, label: int) -> str:
+    """What the page calls a label: its text, cut where it is long, or its number where it has none."""
+    return shortened(text, LONGEST_LABEL) if text else f"label {label}"
+
+
+def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
+    """The text, cut at a word where it is long."""
+    if len(text) <= longest:
+        return text
+    cut = text[:longest]
+    return (cut.rpartition(" ")[0] or cut) + " …"
+
+
+def _pair(interval: Any) -> tuple[float, float] | None:
+    return (float(interval[0]), float(interval[1])) if interval else None
