@@ -1,0 +1,166 @@
+"""Sparse coding: each target a sum of K atoms of a dictionary, and a dictionary learnt for a set of targets.
+
+The support is found by iterative hard thresholding (Blumensath & Davies, ACHA 2009) with Nesterov's momentum, the values
+on it by least squares. With groups, runs of `group` targets choose one support by their joint energy (simultaneous
+sparse approximation, Tropp et al., Signal Processing 2006). The dictionary alternates codes and least squares (the
+method of optimal directions, Engan et al., ICASSP 1999). A code is stored as index [ceil(n / G), K] int64, ascending and
+distinct in each row, and value [n, K]; nothing here is as large as targets times atoms.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ITERATIONS = 30  # of hard thresholding when the codes are final
+LEARNING_ITERATIONS = 12  # while the dictionary still changes
+LONG_STEPS = 3  # so many first steps are taken
+LONG = 4.0  # times as far as is safe: the support settles sooner
+RIDGE = 1e-3  # of the least squares on a support: its atoms may be nearly dependent
+KMEANS_ROUNDS = 8
+SOLVER_ROUNDS = 10  # conjugate gradients a dictionary update, from the dictionary before it
+CPU_BUDGET, GPU_BUDGET = 2**21, 2**26  # numbers in a chunk's largest array: on a CPU it should stay in the cache
+
+
+def encode(
+    targets: Tensor, atoms: Tensor, fan_in: int, group: int = 1, iterations: int = ITERATIONS
+) -> tuple[Tensor, Tensor]:
+    """targets [n, D] and atoms [m, D] of unit length -> a code of `fan_in` atoms a target: (index, value)."""
+    gram = atoms.T @ atoms if len(atoms) > atoms.shape[1] else atoms @ atoms.T
+    step = 1 / float(torch.linalg.eigvalsh(gram)[-1])
+    chunk = max(_budget(targets) // (len(atoms) * group), 1) * group
+    parts = [_encode(part, atoms, fan_in, group, iterations, step) for part in targets.split(chunk)]
+    return torch.cat([index for index, _ in parts]), torch.cat([value for _, value in parts])
+
+
+def decode(index: Tensor, value: Tensor, atoms: Tensor, group: int = 1) -> Tensor:
+    """A code and atoms [m, D] -> [n, D]: what the code stands for."""
+    return F.embedding_bag(_rows(index, len(value), group), atoms, per_sample_weights=value, mode="sum")
+
+
+def learn_dictionary(
+    targets: Tensor, atoms: int, fan_in: int, group: int, rounds: int, generator: torch.Generator
+) -> Tensor:
+    """targets [n, D] of unit length -> [atoms, D] unit rows that code them well.
+
+    Starts from `kmeans_dictionary`; the last of `rounds` rounds is the caller's own, final coding.
+    """
+    dictionary = kmeans_dictionary(targets, atoms, generator)
+    for _ in range(rounds - 1):
+        index, value = encode(targets, dictionary, fan_in, group, LEARNING_ITERATIONS)
+        dictionary = _best_dictionary(_rows(index, len(value), group), value, targets, dictionary)
+    return dictionary
+
+
+def kmeans_dictionary(targets: Tensor, atoms: int, generator: torch.Generator) -> Tensor:
+    """targets [n, D] of unit length -> [atoms, D] unit rows: k-means on the sphere, up to sign.
+
+    Atoms that no target chooses, and those beyond the number of targets, are random directions.
+    """
+    width = targets.shape[1]
+    random = torch.randn(atoms, width, generator=generator).to(targets)
+    some = torch.randperm(len(targets), generator=generator)[:atoms].to(targets.device)
+    dictionary = random.clone()
+    dictionary[: len(some)] = targets[some] + 0.01 * random[: len(some)]  # equal targets give atoms that differ
+    dictionary = F.normalize(dictionary, dim=1)
+    for _ in range(KMEANS_ROUNDS):
+        near = [(part @ dictionary.T).abs().argmax(1) for part in targets.split(max(_budget(targets) // atoms, 1))]
+        index = torch.cat(near)[:, None]
+        sign = torch.linalg.vecdot(targets, dictionary[index[:, 0]]).sign()[:, None]
+        mean = _adjoint(index, sign, atoms)(targets)
+        empty = mean.norm(dim=1, keepdim=True) < 1e-6
+        dictionary = F.normalize(torch.where(empty, random, mean), dim=1)
+    return dictionary
+
+
+def _encode(
+    targets: Tensor, atoms: Tensor, fan_in: int, group: int, iterations: int, step: float
+) -> tuple[Tensor, Tensor]:
+    """`encode` for one chunk. The gradient of the point reached needs its sum of atoms, so that sum is what is kept."""
+    n = len(targets)
+    targets = F.pad(targets, (0, 0, 0, -n % group))
+    index = last_index = torch.zeros(len(targets) // group, fan_in, dtype=torch.int64, device=targets.device)
+    value = last_value = targets.new_zeros(len(targets), fan_in)
+    fit = last_fit = torch.zeros_like(targets)
+    push, t = 0.0, 1.0
+    for i in range(iterations):
+        ahead = torch.lerp(last_fit, fit, 1 + push)
+        u = ((targets - ahead) * (step * (LONG if i < LONG_STEPS else 1))) @ atoms.T
+        u.scatter_add_(1, _rows(index, len(u), group), value * (1 + push))
+        u.scatter_add_(1, _rows(last_index, len(u), group), last_value * -push)
+        last_index, last_value, last_fit = index, value, fit
+        index = _largest(u, fan_in, group)
+        value = u.gather(1, _rows(index, len(u), group))
+        fit = decode(index, value, atoms, group)
+        t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
+        push, t = (t - 1) / t_next, t_next
+    index = index.sort(dim=1).values
+    return index, _least_squares(targets, atoms, index, group)[:n]
+
+
+def _largest(u: Tensor, fan_in: int, group: int) -> Tensor:
+    """u [n, m] -> [n / group, fan_in]: the atoms with the most energy in each run of `group` rows."""
+    energy = u.abs() if group == 1 else u.square().view(-1, group, u.shape[1]).sum(1)
+    return energy.topk(fan_in, dim=1, sorted=False).indices
+
+
+def _least_squares(targets: Tensor, atoms: Tensor, index: Tensor, group: int) -> Tensor:
+    """The values on each support: targets [n, D], index [n / group, K] -> [n, K]."""
+    fan_in, width = index.shape[1], atoms.shape[1]
+    ridge = RIDGE * torch.eye(fan_in, dtype=torch.float64, device=atoms.device)
+    some = max(_budget(targets) // (fan_in * max(width, fan_in)), 1)
+    values = []
+    for rows, own in zip(index.split(some), targets.view(-1, group, width).split(some), strict=True):
+        chosen = atoms[rows]
+        factor = torch.linalg.cholesky((chosen @ chosen.mT).double() + ridge)
+        solved = torch.cholesky_solve((chosen @ own.mT).double(), factor)
+        values.append(solved.mT.reshape(-1, fan_in).to(targets))
+    return torch.cat(values)
+
+
+def _best_dictionary(index: Tensor, value: Tensor, targets: Tensor, dictionary: Tensor) -> Tensor:
+    """The dictionary that suits a code S best, unit rows: (S'S + ridge) A = S'T by conjugate gradients, one system a column."""
+    adjoint = _adjoint(index, value, len(dictionary))
+    ridge = 1e-2
+
+    def normal(a: Tensor) -> Tensor:
+        return adjoint(decode(index, value, a)).add_(a, alpha=ridge)
+
+    solution = dictionary.clone()
+    residual = adjoint(targets) - normal(solution)
+    direction = residual
+    energy = residual.square().sum(0)
+    for _ in range(SOLVER_ROUNDS):
+        image = normal(direction)
+        length = energy / (direction * image).sum(0).clamp_min(1e-30)
+        solution = solution + length * direction
+        residual = residual - length * image
+        new_energy = residual.square().sum(0)
+        direction = residual + new_energy / energy.clamp_min(1e-30) * direction
+        energy = new_energy
+    unused = torch.bincount(index.reshape(-1), minlength=len(dictionary)) == 0
+    return F.normalize(torch.where(unused[:, None], dictionary, solution), dim=1)
+
+
+class _adjoint:
+    """A code's transpose S' [m, n], ready to multiply: sorted by atom once, so that the sums have a fixed order."""
+
+    def __init__(self, index: Tensor, value: Tensor, atoms: int) -> None:
+        atom, order = index.reshape(-1).sort(stable=True)
+        self.row = order // index.shape[1]
+        self.value = value.reshape(-1)[order]
+        self.offsets = torch.searchsorted(atom, torch.arange(atoms, device=index.device))
+
+    def __call__(self, targets: Tensor) -> Tensor:
+        """targets [n, D] -> S' targets [m, D]."""
+        return F.embedding_bag(self.row, targets, self.offsets, per_sample_weights=self.value, mode="sum")
+
+
+def _rows(index: Tensor, n: int, group: int) -> Tensor:
+    """[ceil(n / group), K] -> [n, K]: each row's own index."""
+    return index if group == 1 else index.repeat_interleave(group, 0)[:n]
+
+
+def _budget(tensor: Tensor) -> int:
+    return CPU_BUDGET if tensor.device.type == "cpu" else GPU_BUDGET

@@ -1,0 +1,242 @@
+"""The head's start from data: a ridge classifier made of label centroids, in the form that the head has.
+
+In coordinates that whiten the documents, z = P (x - mean), the centroids of the labels are the rows of a closed-form
+ridge classifier (a mean-separating start: Schultheis & Babbar, arXiv 2109.13122). Each is scaled so that a label's own
+documents lie a fixed lift above its mean logit, and biases are the labels' priors. Labels go by in chunks: centroids are
+made, expressed by the head's form (`start_forms`), written into its state and ranked, and no array holds all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fanin.centroids import GATHER, LabelDocuments, load_embeddings, load_label_documents
+from fanin.config import Config
+from fanin.data.tokens import TokenSet
+from fanin.files import InputError, atomic_path, write_json
+from fanin.heads import index_dtype
+from fanin.start_forms import Expressed, Whitening, fit_form
+
+RIDGE = 0.05  # of the covariance, in mean eigenvalues
+SAMPLE = 32768  # labels that a dictionary is learnt from
+CHUNK = 4096  # labels worked on at once
+SCORES = 2**24  # scores of validation documents held at once
+NEAREST = 0.1  # the least distance along its row, in standard deviations, to which a label's own documents are scaled
+CUTOFFS = (1, 3, 5)
+
+
+def build_start(
+    config: Config,
+    tokens_folder: str | Path,
+    embeddings_folder: str | Path,
+    clusters_folder: str | Path,
+    out: str | Path,
+) -> dict[str, Any]:
+    """Write head.safetensors and start.json to `out`; return start.json's content.
+
+    The file holds what the head's `load_model_state` takes, and `intermediate.weight` and `.bias` where there is that
+    layer; it holds no tensor where `start.source` is random. For groups the rows are labels in the order of the
+    clusters. Labels without an embedded document get zero weights, and the features of their group or else random ones.
+    Raises InputError where the inputs do not fit together or the head asks for more features than there are.
+    """
+    began = time.monotonic()
+    tensors: dict[str, Tensor] = {}
+    summary: dict[str, Any] = dict.fromkeys(("zero_shot", "residual", "atoms", "documents"))
+    if config.start.source == "data":
+        source = load_label_documents(tokens_folder, embeddings_folder)
+        order = _order(Path(clusters_folder) / "order.npy", source.labels, config.head.group)
+        ranking = _Ranking.open(Path(tokens_folder), Path(embeddings_folder), source.labels)
+        tensors, summary = start_from_data(config, source, order, ranking)
+    summary = {"source": config.start.source, **summary, "seconds": round(time.monotonic() - began, 3)}
+    with atomic_path(out, directory=True) as folder:
+        save_file(tensors, folder / "head.safetensors", {"format": "pt", "source": config.start.source})
+        write_json(folder / "start.json", summary)
+    return summary
+
+
+def start_from_data(
+    config: Config, source: LabelDocuments, order: np.ndarray, ranking: _Ranking
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The head's state, its rows the labels in this order, and what start.json says of it but for source and seconds."""
+    head, device = config.head, _device(config.train.device)
+    generator = torch.Generator().manual_seed(config.seed)
+    white = whitening(source.embeddings, device)
+    ranking.whiten(white)
+    group = head.group if head.kind == "fixed_fan_in" else 1
+    chunk = -(-CHUNK // group) * group
+
+    def targets(labels: np.ndarray) -> Tensor:
+        centroids = source.centroids(labels).to(device)
+        known = torch.from_numpy(source.counts[labels] > 0).to(device)
+        return (centroids - white.mean) @ white.matrix * known[:, None]
+
+    def everything() -> Iterator[Tensor]:
+        for start in range(0, source.labels, chunk):
+            yield F.normalize(targets(order[start : start + chunk]), dim=1)
+
+    sample = F.normalize(targets(_sample(source, order, group, generator)), dim=1)
+    form = fit_form(config, white, sample, everything(), generator)
+    del sample
+    bias, lift = _biases(config, source, order)
+    state: dict[str, Tensor] = {"bias": bias}
+    error = 0.0
+    for start in range(0, source.labels, chunk):
+        rows = slice(start, min(start + chunk, source.labels))
+        target = targets(order[rows])
+        unit = F.normalize(target, dim=1)
+        expressed = form.express(unit)
+        error += float((unit - expressed.fitted).square().sum(dtype=torch.float64))
+        scale = lift / torch.linalg.vecdot(expressed.fitted, target).clamp_min(NEAREST)
+        expressed = expressed._replace(
+            weight=expressed.weight * scale[:, None], fitted=expressed.fitted * scale[:, None]
+        )
+        ranking.offer(expressed.fitted, bias[rows].to(device), order[rows])
+        _store(state, expressed, rows, group, source.labels, head.intermediate or source.width)
+        if not head.intermediate:  # the head reads x, not x - mean
+            bias[rows] -= (expressed.fitted @ (white.matrix @ white.mean)).cpu()
+    state |= {name: tensor.cpu().contiguous() for name, tensor in form.layers.items()}
+    return state, {
+        "zero_shot": ranking.precision(),
+        "residual": error / max(int((source.counts > 0).sum()), 1),
+        "atoms": head.intermediate or source.width,
+        "documents": len(source.embeddings),
+    }
+
+
+def whitening(embeddings: np.ndarray, device: torch.device) -> Whitening:
+    """embeddings [N, D] -> mean and P = (covariance + RIDGE mean eigenvalue I)^(-1/2), summed in float64 block by block.
+
+    Raises InputError where there are fewer than two documents or all embeddings are the same.
+    """
+    documents, width = embeddings.shape
+    total = torch.zeros(width, dtype=torch.float64)
+    moment = torch.zeros(width, width, dtype=torch.float64)
+    for start in range(0, documents, GATHER):
+        block = torch.from_numpy(embeddings[start : start + GATHER].astype(np.float32))
+        total += block.sum(0, dtype=torch.float64)
+    mean = total / max(documents, 1)
+    for start in range(0, documents, GATHER):
+        block = torch.from_numpy(embeddings[start : start + GATHER].astype(np.float32)) - mean.float()
+        moment += (block.T @ block).double()
+    values, vectors = torch.linalg.eigh(moment / max(documents - 1, 1))
+    if documents < 2 or not values.mean() > 1e-12:
+        raise InputError(
+            f"embeddings.npy: {documents} documents whose embeddings do not differ; check encoder.name and the corpus, "
+            "or set start.source to random"
+        )
+    values = (values.clamp_min(0) + RIDGE * values.mean()).sqrt()
+    matrix, inverse = (vectors * values**power @ vectors.T for power in (-1, 1))
+    return Whitening(*(tensor.float().to(device) for tensor in (mean, matrix, inverse)))
+
+
+class _Ranking:
+    """The best labels of each validation document, as far as labels have been offered."""
+
+    def __init__(self, embeddings: np.ndarray, truth: list[np.ndarray], labels: int) -> None:
+        self.embeddings, self.truth, self.labels = embeddings, truth, labels
+        self.z = self.best = torch.empty(0)
+        self.found = torch.empty(0, dtype=torch.int64)
+
+    @classmethod
+    def open(cls, tokens_folder: Path, embeddings_folder: Path, labels: int) -> _Ranking:
+        """Raises InputError where the validation embeddings do not fit train.arrow."""
+        tokens = TokenSet.open(tokens_folder / "train.arrow")
+        names = ("validation.npy", "validation_documents.npy")
+        embeddings, documents = load_embeddings(embeddings_folder, *names, len(tokens))
+        return cls(embeddings, tokens.labels(documents), labels)
+
+    def whiten(self, white: Whitening) -> None:
+        x = torch.from_numpy(self.embeddings.astype(np.float32)).to(white.mean.device)
+        self.z = (x - white.mean) @ white.matrix
+        self.best = self.z.new_empty(len(x), 0)
+        self.found = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
+
+    def offer(self, rows: Tensor, bias: Tensor, labels: np.ndarray) -> None:
+        """Rank labels [n] with whitened rows [n, D] and mean logits [n] among those before."""
+        if not len(self.z):
+            return
+        some = max(SCORES // len(self.z), CUTOFFS[-1])
+        names = torch.from_numpy(labels.astype(np.int64)).to(rows.device)
+        for own, base, name in zip(rows.split(some), bias.split(some), names.split(some), strict=True):
+            score = torch.addmm(base, self.z, own.T)
+            best, place = score.topk(min(CUTOFFS[-1], score.shape[1]), dim=1)
+            best, found = torch.cat([self.best, best], 1), torch.cat([self.found, name[place]], 1)
+            self.best, place = best.topk(min(CUTOFFS[-1], best.shape[1]), dim=1)
+            self.found = found.gather(1, place)
+
+    def precision(self) -> dict[str, float] | None:
+        """P@k in per cent, or None without validation documents."""
+        if not self.truth:
+            return None
+        document = np.repeat(np.arange(len(self.truth)), [len(own) for own in self.truth])
+        pairs = document * self.labels + np.concatenate(self.truth)
+        guesses = np.arange(len(self.truth))[:, None] * self.labels + self.found.cpu().numpy()
+        hits = np.isin(guesses, pairs)
+        return {f"P@{k}": round(100 * float(hits[:, :k].sum()) / (k * len(hits)), 3) for k in CUTOFFS}
+
+
+def _biases(config: Config, source: LabelDocuments, order: np.ndarray) -> tuple[Tensor, float]:
+    """Mean logits [L] in the head's order, and the lift of a label's own documents above them.
+
+    BCE: the log prior, and `start.lift`. Squared hinge: the least-squares optimum of targets of -1 and 1 for a row of
+    zeros is 2 prior - 1; a lift of 2 then takes a label's own documents to the margin at 1 (`start.lift` is not used).
+    """
+    prior = torch.from_numpy((source.frequency[order] + 0.5) / max(source.documents, 1))
+    if config.head.loss == "squared_hinge":
+        return (2 * prior.clamp_max(1) - 1).float(), 2.0
+    return prior.log().float(), config.start.lift
+
+
+def _store(
+    state: dict[str, Tensor], expressed: Expressed, rows: slice, group: int, labels: int, width: int
+) -> None:
+    """Put a chunk's weights and indices into the state, which is allocated by the first chunk."""
+    if "weight" not in state:
+        state["weight"] = torch.empty(labels, expressed.weight.shape[1])
+        if expressed.index is not None:
+            state["index"] = torch.empty(-(-labels // group), expressed.index.shape[1], dtype=index_dtype(width))
+    state["weight"][rows] = expressed.weight.cpu()
+    if expressed.index is not None:
+        first = rows.start // group
+        state["index"][first : first + len(expressed.index)] = expressed.index.to(state["index"].dtype).cpu()
+
+
+def _sample(source: LabelDocuments, order: np.ndarray, group: int, generator: torch.Generator) -> np.ndarray:
+    """Whole groups of the head's order, at random, at most SAMPLE labels in all; none without an embedded document."""
+    covered = np.add.reduceat(source.counts[order], np.arange(0, len(order), group)) > 0
+    groups = np.flatnonzero(covered)
+    if not len(groups):
+        raise InputError("embeddings.npy: no label has an embedded document; raise encoder.embed_documents")
+    some = groups[np.sort(torch.randperm(len(groups), generator=generator)[: max(SAMPLE // group, 1)].numpy())]
+    places = (some[:, None] * group + np.arange(group)).ravel()
+    return order[places[places < len(order)]]
+
+
+def _order(path: Path, labels: int, group: int) -> np.ndarray:
+    """[L] int64: the label of each row of the head. Raises InputError where order.npy is not a permutation of the labels."""
+    if group == 1:
+        return np.arange(labels)
+    try:
+        order = np.load(path).astype(np.int64)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; run the stage clusters (dvc repro clusters)") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path}: not a whole .npy file ({error}); rerun the stage clusters") from None
+    if order.shape != (labels,) or not np.array_equal(np.sort(order), np.arange(labels)):
+        raise InputError(f"{path}: expected each of the {labels} labels once; rerun the stage clusters")
+    return order
+
+
+def _device(setting: str) -> torch.device:
+    if setting == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(setting)

@@ -1,0 +1,147 @@
+"""How each kind of head expresses the rows of a linear classifier over whitened documents, and what its layers start as.
+
+A form is fitted once, to a sample or to sums over all rows, and then expresses rows chunk by chunk. The classifier
+reads z = P (x - mean); a head without an intermediate layer reads x itself, one behind it A z for a matrix A that the
+form chooses, so that the layer is x -> A P (x - mean).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fanin.config import Config
+from fanin.files import InputError
+from fanin.sparse_coding import decode, encode, kmeans_dictionary, learn_dictionary
+
+RANDOM_BUDGET = 2**22  # numbers drawn at once for random supports
+
+
+class Whitening(NamedTuple):
+    """z = matrix (x - mean): mean [D], matrix [D, D] symmetric, and its inverse."""
+
+    mean: Tensor
+    matrix: Tensor
+    inverse: Tensor
+
+
+class Expressed(NamedTuple):
+    """Rows [n, D] of a classifier as a head holds them."""
+
+    weight: Tensor  # [n, K], [n, D'] or [n, R]
+    index: Tensor | None  # [ceil(n / G), K] int64, ascending, where the head is sparse
+    fitted: Tensor  # [n, D]: the whitened rows that this weight stands for
+
+
+class Form(Protocol):
+    """What `build_start` asks of a form."""
+
+    layers: dict[str, Tensor]  # the state dict's tensors that are not by label
+
+    def express(self, rows: Tensor) -> Expressed:
+        """Unit or zero rows [n, D] as the head's; zero rows get zero weights."""
+        ...
+
+
+@dataclass
+class Dense:
+    """weight = rows @ fold, which the head's features turn back into rows @ unfold over z."""
+
+    fold: Tensor  # [D, D']
+    unfold: Tensor  # [D', D]
+    layers: dict[str, Tensor] = field(default_factory=dict)
+
+    def express(self, rows: Tensor) -> Expressed:
+        weight = rows @ self.fold
+        return Expressed(weight, None, weight @ self.unfold)
+
+
+@dataclass
+class FixedFanIn:
+    """Rows coded by `fan_in` of the atoms [D', D], which are of unit length once divided by their `lengths` [D']."""
+
+    atoms: Tensor
+    lengths: Tensor
+    fan_in: int
+    group: int
+    generator: torch.Generator
+    layers: dict[str, Tensor] = field(default_factory=dict)
+
+    def express(self, rows: Tensor) -> Expressed:
+        """A group of zero rows only has nothing to choose features by: it gets random ones."""
+        index, value = encode(rows, self.atoms, self.fan_in, self.group)
+        fitted = decode(index, value, self.atoms, self.group)
+        blank = torch.zeros(len(index), dtype=torch.bool, device=rows.device)
+        filled = rows.any(dim=1).nonzero()[:, 0] // self.group
+        blank = ~blank.index_fill(0, filled, True)
+        index[blank] = self._random_support(int(blank.sum())).to(index.device)
+        own = index.repeat_interleave(self.group, 0)[: len(rows)]
+        return Expressed(value / self.lengths[own], index, fitted)
+
+    def _random_support(self, rows: int) -> Tensor:
+        width = len(self.atoms)
+        parts = [torch.empty(0, self.fan_in, dtype=torch.int64)]
+        for start in range(0, rows, max(RANDOM_BUDGET // width, 1)):
+            score = torch.rand(min(rows - start, max(RANDOM_BUDGET // width, 1)), width, generator=self.generator)
+            parts.append(score.topk(self.fan_in, dim=1).indices.sort(dim=1).values)
+        return torch.cat(parts)
+
+
+def fit_form(
+    config: Config, white: Whitening, sample: Tensor, everything: Iterable[Tensor], generator: torch.Generator
+) -> Form:
+    """The form of `config.head`. sample [n, D]: unit rows, whole groups; everything: all rows [*, D], chunk by chunk.
+
+    Raises InputError where the head reads more features, or has a wider bottleneck, than there are.
+    """
+    head, width = config.head, len(white.mean)
+    if head.kind == "fixed_fan_in":
+        if head.fan_in > (head.intermediate or width):
+            raise InputError(
+                f"head.fan_in: {head.fan_in} is above the {head.intermediate or width} features that the head reads; "
+                "lower it, or raise head.intermediate"
+            )
+        if not head.intermediate:  # the features are given: seen from z, feature d is row d of the inverse
+            lengths = white.inverse.norm(dim=1)
+            return FixedFanIn(white.inverse / lengths[:, None], lengths, head.fan_in, head.group, generator)
+        atoms = learn_dictionary(sample, head.intermediate, head.fan_in, head.group, config.start.rounds, generator)
+        lengths = atoms.new_ones(len(atoms))
+        return FixedFanIn(atoms, lengths, head.fan_in, head.group, generator, _layer(atoms, white))
+    if head.kind == "bottleneck" and head.bottleneck > min(width, head.intermediate or width):
+        raise InputError(
+            f"head.bottleneck: {head.bottleneck} is above the {min(width, head.intermediate or width)} directions that "
+            "a start from data can give it; lower it, or set start.source to random"
+        )
+    layers: dict[str, Tensor] = {}
+    fold, unfold = white.matrix, white.inverse
+    directions = torch.eye(width).to(sample)
+    narrow = head.intermediate and head.intermediate < width
+    if narrow or head.kind == "bottleneck":
+        directions = principal_directions(everything, width)
+    if head.intermediate:
+        unfold = directions[: head.intermediate] if narrow else kmeans_dictionary(sample, head.intermediate, generator)
+        fold = torch.linalg.pinv(unfold)
+        layers = _layer(unfold, white)
+    if head.kind == "bottleneck":
+        factors = directions[: head.bottleneck]
+        layers["projection"] = factors @ fold
+        fold, unfold = factors.T, factors
+    return Dense(fold, unfold, layers)
+
+
+def principal_directions(chunks: Iterable[Tensor], width: int) -> Tensor:
+    """Rows [*, D] in chunks -> [D, D]: orthonormal rows, the first R of which span the best rank-R subspace."""
+    moment = torch.zeros(width, width, dtype=torch.float64)
+    for rows in chunks:
+        moment = moment.to(rows.device) + (rows.T @ rows).double()
+    return torch.linalg.eigh(moment).eigenvectors.flip(1).T.float().contiguous()
+
+
+def _layer(atoms: Tensor, white: Whitening) -> dict[str, Tensor]:
+    """The intermediate layer x -> atoms P (x - mean)."""
+    weight = atoms @ white.matrix
+    return {"intermediate.weight": weight, "intermediate.bias": -(weight @ white.mean)}

@@ -1,0 +1,432 @@
+"""The start from data: held to closed forms, to a plain dense computation, and to what the heads themselves compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from embedded_corpus import write_corpus
+from fanin import sparse_coding, start, start_forms
+from fanin.centroids import load_label_documents
+from fanin.clusters import build_clusters
+from fanin.config import Config
+from fanin.files import InputError, read_json
+from fanin.heads import Bottleneck, Dense, FixedFanIn, Head, index_dtype
+from fanin.sparse_coding import decode, encode, kmeans_dictionary, learn_dictionary
+from fanin.start import build_start, whitening
+
+LABELS, WIDTH, DOCUMENTS = 90, 16, 900
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> SimpleNamespace:
+    """Documents near the sum of their labels' directions; the last three labels have no embedded document."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    lists = [sorted(rng.choice(LABELS - 3, rng.integers(1, 4), replace=False).tolist()) for _ in range(DOCUMENTS)]
+    lists[5] = sorted({*lists[5], LABELS - 3})  # held out below, so never embedded
+    directions = rng.normal(size=(LABELS, WIDTH))
+    noise = rng.normal(size=(DOCUMENTS, WIDTH)) @ np.diag(np.linspace(0.2, 1.0, WIDTH))
+    vectors = (np.stack([directions[own].sum(0) for own in lists]) + noise + 0.7).astype(np.float16)
+    validation = np.arange(0, DOCUMENTS, 15) + 5
+    documents = np.setdiff1d(np.arange(DOCUMENTS), validation)[:780]
+    tokens, embedded = write_corpus(
+        folder, lists, vectors, documents=documents, validation=validation, label_count=LABELS
+    )
+    config = Config()
+    config.clusters.meta_labels = 8
+    build_clusters(config, tokens, embedded, folder / "clusters")
+    x = vectors.astype(np.float64)
+    y = np.zeros((DOCUMENTS, LABELS))
+    for document, own in enumerate(lists):
+        y[document, own] = 1
+    return SimpleNamespace(
+        inputs=(tokens, embedded, folder / "clusters"),
+        order=np.load(folder / "clusters/order.npy"),
+        x=x[documents],
+        y=y[documents],
+        validation_x=x[validation],
+        validation_y=y[validation],
+        frequency=np.delete(y, validation, axis=0).sum(0),
+        trained=DOCUMENTS - len(validation),
+    )
+
+
+def settings(kind: str = "fixed_fan_in", intermediate: int = 40, **head) -> Config:
+    config = Config()
+    config.head.kind, config.head.intermediate = kind, intermediate
+    config.head.fan_in, config.head.bottleneck = 6, 5
+    config.train.device = "cpu"
+    for name, value in head.items():
+        setattr(config.head, name, value)
+    return config
+
+
+def run(corpus, config: Config, out: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    summary = build_start(config, *corpus.inputs, out)
+    assert summary == read_json(out / "start.json")
+    return load_file(out / "head.safetensors"), summary
+
+
+def as_head(config: Config, state: dict[str, torch.Tensor]) -> Head:
+    """The head of these settings, loaded from a start file's tensors."""
+    own = {name: tensor for name, tensor in state.items() if not name.startswith("intermediate.")}
+    width = config.head.intermediate or WIDTH
+    head: Head
+    if config.head.kind == "dense":
+        head = Dense(LABELS, width)
+    elif config.head.kind == "bottleneck":
+        head = Bottleneck(LABELS, width, config.head.bottleneck)
+    else:
+        head = FixedFanIn(LABELS, width, config.head.fan_in, config.head.group)
+    head.load_model_state(own, "head.safetensors")
+    return head
+
+
+def logits(corpus, config: Config, state: dict[str, torch.Tensor], x: np.ndarray) -> np.ndarray:
+    """What the layers of the file make of embeddings [N, D]: [N, L] in order of label ids."""
+    features = torch.from_numpy(x).float()
+    if config.head.intermediate:
+        features = F.linear(features, state["intermediate.weight"], state["intermediate.bias"])
+    else:
+        assert not any(name.startswith("intermediate") for name in state)
+    made = as_head(config, state).logits(features, 0, LABELS).double().numpy()
+    if config.head.group == 1:
+        return made
+    by_label = np.empty_like(made)
+    by_label[:, corpus.order] = made
+    return by_label
+
+
+def ridge_rows(corpus) -> tuple[np.ndarray, np.ndarray]:
+    """The ridge classifier's directions in x [L, D], by solving with the covariance: no whitening. And the mean [D]."""
+    mean = corpus.x.mean(0)
+    covariance = np.cov(corpus.x.T)
+    covariance += 0.05 * np.trace(covariance) / WIDTH * np.eye(WIDTH)
+    centroids = corpus.y.T @ (corpus.x - mean) / np.maximum(corpus.y.sum(0), 1)[:, None]
+    centroids[corpus.y.sum(0) == 0] = 0
+    return np.linalg.solve(covariance, centroids.T).T, mean
+
+
+def expected_dense(corpus, lift: float, base: np.ndarray) -> np.ndarray:
+    """Logits of the scaled ridge classifier on the validation documents [N, L]."""
+    rows, mean = ridge_rows(corpus)
+    own = (corpus.y * ((corpus.x - mean) @ rows.T)).sum(0) / np.maximum(corpus.y.sum(0), 1)
+    scale = np.where(own > 0, lift / np.where(own > 0, own, 1), 0)
+    return (corpus.validation_x - mean) @ (rows * scale[:, None]).T + base
+
+
+def test_whitening_whitens():
+    rng = np.random.default_rng(1)
+    x = (rng.normal(size=(5000, 8)) @ rng.normal(size=(8, 8)) + 3).astype(np.float16)
+    white = whitening(x, torch.device("cpu"))
+    z = (torch.from_numpy(x.astype(np.float32)) - white.mean) @ white.matrix
+    values = torch.linalg.eigvalsh(torch.cov(torch.from_numpy(x.astype(np.float64)).T))
+    expected = (values / (values + 0.05 * values.mean())).float()
+    torch.testing.assert_close(torch.linalg.eigvalsh(torch.cov(z.T)), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(z.mean(0), torch.zeros(8), atol=1e-3, rtol=0)
+    torch.testing.assert_close(white.matrix @ white.inverse, torch.eye(8), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("intermediate", [0, 40, WIDTH])
+def test_dense_start_is_the_ridge_classifier(corpus, tmp_path, intermediate):
+    config = settings("dense", intermediate)
+    state, summary = run(corpus, config, tmp_path / "start")
+    base = np.log((corpus.frequency + 0.5) / corpus.trained)
+    expected = expected_dense(corpus, config.start.lift, base)
+    np.testing.assert_allclose(logits(corpus, config, state, corpus.validation_x), expected, atol=0.02, rtol=1e-3)
+    assert summary["residual"] < 1e-6
+
+
+def test_dense_behind_a_narrow_layer_is_the_best_of_its_rank(corpus, tmp_path):
+    _, summary = run(corpus, settings("dense", 5), tmp_path / "start")
+    assert summary["residual"] == pytest.approx(best_residual(corpus, 5), rel=1e-3)
+
+
+def best_residual(corpus, rank: int) -> float:
+    """The least mean squared error of any rank-`rank` approximation of the unit rows (Eckart & Young)."""
+    rows, _ = ridge_rows(corpus)
+    covariance = np.cov(corpus.x.T)
+    covariance += 0.05 * np.trace(covariance) / WIDTH * np.eye(WIDTH)
+    z = rows @ np.linalg.cholesky(covariance)  # any square root: the singular values are the same
+    covered = corpus.y.sum(0) > 0
+    unit = z[covered] / np.linalg.norm(z[covered], axis=1, keepdims=True)
+    return float((np.linalg.svd(unit, compute_uv=False)[rank:] ** 2).sum() / covered.sum())
+
+
+@pytest.mark.parametrize("intermediate", [0, 40, 7])
+def test_bottleneck_start_is_the_best_of_its_rank(corpus, tmp_path, intermediate):
+    config = settings("bottleneck", intermediate)
+    state, summary = run(corpus, config, tmp_path / "start")
+    assert state["projection"].shape == (5, intermediate or WIDTH)
+    assert state["weight"].shape == (LABELS, 5)
+    assert summary["residual"] == pytest.approx(best_residual(corpus, 5), rel=1e-3)
+    centred = logits(corpus, config, state, corpus.x)
+    centred -= centred.mean(0)
+    assert np.linalg.matrix_rank(centred, tol=1e-4 * np.abs(centred).max()) == 5
+
+
+ALL_FORMS = [
+    settings("dense", 0),
+    settings("dense", 40),
+    settings("bottleneck", 0),
+    settings("bottleneck", 40),
+    settings("fixed_fan_in", 0),
+    settings("fixed_fan_in", 40),
+    settings("fixed_fan_in", 40, group=8),
+    settings("fixed_fan_in", 0, group=8),
+    settings("fixed_fan_in", 200),  # more atoms than labels
+]
+NAMES = [f"{c.head.kind}-{c.head.intermediate}-{c.head.group}" for c in ALL_FORMS]
+
+
+@pytest.mark.parametrize("config", ALL_FORMS, ids=NAMES)
+def test_own_documents_lie_the_lift_above_the_mean(corpus, tmp_path, config):
+    state, _ = run(corpus, config, tmp_path / "start")
+    made = logits(corpus, config, state, corpus.x)
+    covered = corpus.y.sum(0) > 0
+    mean = made.mean(0)
+    np.testing.assert_allclose(mean, np.log((corpus.frequency + 0.5) / corpus.trained), atol=0.02)
+    own = (corpus.y * made).sum(0) / np.maximum(corpus.y.sum(0), 1)
+    np.testing.assert_allclose((own - mean)[covered], config.start.lift, atol=0.02)
+    assert covered.sum() == LABELS - 3
+    assert np.ptp(made[:, ~covered], axis=0).max() == 0  # nothing is known of these labels
+
+
+@pytest.mark.parametrize("config", ALL_FORMS, ids=NAMES)
+def test_zero_shot_is_what_the_head_ranks(corpus, tmp_path, config):
+    state, summary = run(corpus, config, tmp_path / "start")
+    made = logits(corpus, config, state, corpus.validation_x)
+    best = np.argsort(-made, axis=1)
+    for k in (1, 3, 5):
+        precision = np.take_along_axis(corpus.validation_y, best[:, :k], 1).mean()
+        assert summary["zero_shot"][f"P@{k}"] == pytest.approx(100 * precision, abs=0.35)  # one near tie in 60 x 5
+    assert summary["zero_shot"]["P@1"] > 10  # chance is about 2; a bottleneck of 5 is narrow
+
+
+@pytest.mark.parametrize("config", ALL_FORMS[4:], ids=NAMES[4:])
+def test_indices_are_distinct_ascending_and_small(corpus, tmp_path, config):
+    state, _ = run(corpus, config, tmp_path / "start")
+    rows = -(-LABELS // config.head.group)
+    assert state["index"].shape == (rows, 6)
+    assert state["index"].dtype == index_dtype(config.head.intermediate or WIDTH)
+    index = state["index"].to(torch.int64)
+    assert (index[:, 1:] > index[:, :-1]).all()
+    assert 0 <= int(index.min()) <= int(index.max()) < (config.head.intermediate or WIDTH)
+    assert state["weight"].shape == (LABELS, 6)
+    assert state["weight"].dtype == state["bias"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("config", ALL_FORMS, ids=NAMES)
+def test_chunked_equals_all_at_once(corpus, tmp_path, monkeypatch, config):
+    config.start.rounds = 1  # a dictionary that does not depend on the chunks of coding
+    whole, summary = run(corpus, config, tmp_path / "whole")
+    monkeypatch.setattr(start, "CHUNK", 24)
+    monkeypatch.setattr(start, "GATHER", 50)
+    monkeypatch.setattr(start, "SCORES", 60 * 7)
+    monkeypatch.setattr(sparse_coding, "CPU_BUDGET", 3000)
+    monkeypatch.setattr(start_forms, "RANDOM_BUDGET", 64)
+    pieces, again = run(corpus, config, tmp_path / "pieces")
+    assert again["zero_shot"] == summary["zero_shot"]
+    assert again["residual"] == pytest.approx(summary["residual"], rel=1e-3, abs=1e-9)
+    x = corpus.validation_x
+    np.testing.assert_allclose(logits(corpus, config, pieces, x), logits(corpus, config, whole, x), atol=0.05, rtol=1e-3)
+    if "index" in whole:
+        assert (whole["index"].to(torch.int64) == pieces["index"].to(torch.int64)).all(1).float().mean() > 0.97
+
+
+def test_same_seed_same_start(corpus, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        config = settings()
+        config.seed = seed
+        run(corpus, config, tmp_path / name)
+    a, b, c = ((tmp_path / name / "head.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_random_start_holds_no_tensor(corpus, tmp_path):
+    config = settings()
+    config.start.source = "random"
+    state, summary = run(corpus, config, tmp_path / "start")
+    assert state == {}
+    assert (summary["source"], summary["zero_shot"]) == ("random", None)
+    with safe_open(tmp_path / "start/head.safetensors", "pt") as file:
+        assert file.metadata()["source"] == "random"
+
+
+def test_squared_hinge_puts_own_documents_at_the_margin(corpus, tmp_path):
+    config = settings("dense", 0, loss="squared_hinge")
+    state, _ = run(corpus, config, tmp_path / "start")
+    made = logits(corpus, config, state, corpus.x)
+    prior = (corpus.frequency + 0.5) / corpus.trained
+    own = (corpus.y * made).sum(0) / np.maximum(corpus.y.sum(0), 1)
+    covered = corpus.y.sum(0) > 0
+    np.testing.assert_allclose(made.mean(0), 2 * prior - 1, atol=0.01)
+    np.testing.assert_allclose(own[covered], (1 + 2 * prior)[covered], atol=0.01)
+
+
+def test_groups_follow_the_cluster_order(corpus, tmp_path):
+    state, _ = run(corpus, settings(group=8), tmp_path / "start")
+    prior = np.log((corpus.frequency + 0.5) / corpus.trained)
+    np.testing.assert_allclose(state["bias"].numpy(), prior[corpus.order], rtol=1e-5)
+
+
+def test_without_validation_documents_no_zero_shot(corpus, tmp_path):
+    tokens, embedded, clusters = corpus.inputs
+    copy = tmp_path / "embeddings"
+    copy.mkdir()
+    for name in ("embeddings.npy", "documents.npy"):
+        (copy / name).write_bytes((embedded / name).read_bytes())
+    np.save(copy / "validation.npy", np.empty((0, WIDTH), np.float16))
+    np.save(copy / "validation_documents.npy", np.empty(0, np.int64))
+    summary = build_start(settings(), tokens, copy, clusters, tmp_path / "start")
+    assert summary["zero_shot"] is None
+
+
+def sparse_targets(atoms: int, fan_in: int, targets: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unit targets [n, 32] that are sums of `fan_in` atoms, the atoms, and which."""
+    generator = torch.Generator().manual_seed(seed)
+    dictionary = F.normalize(torch.randn(atoms, 32, generator=generator), dim=1)
+    index = torch.rand(targets, atoms, generator=generator).topk(fan_in, dim=1).indices.sort(dim=1).values
+    sign = torch.randint(0, 2, (targets, fan_in), generator=generator) * 2 - 1
+    value = sign * (1 + torch.rand(targets, fan_in, generator=generator))
+    return F.normalize(decode(index, value, dictionary), dim=1), dictionary, index
+
+
+def residual(targets: torch.Tensor, dictionary: torch.Tensor, fan_in: int, group: int = 1) -> float:
+    index, value = encode(targets, dictionary, fan_in, group)
+    return float((targets - decode(index, value, dictionary, group)).square().sum(1).mean())
+
+
+def test_a_known_code_is_found():
+    targets, dictionary, truth = sparse_targets(atoms=48, fan_in=3, targets=600)
+    index, _ = encode(targets, dictionary, 3)
+    assert (index == truth).all(1).float().mean() > 0.9
+    assert residual(targets, dictionary, 3) < 0.01
+
+
+def test_values_are_the_least_squares_ones():
+    targets, dictionary, _ = sparse_targets(atoms=48, fan_in=8, targets=20)
+    index, value = encode(targets, dictionary, 4)
+    for row in range(20):
+        best = torch.linalg.lstsq(dictionary[index[row]].T.double(), targets[row].double()[:, None]).solution[:, 0]
+        torch.testing.assert_close(value[row].double(), best, atol=0.01, rtol=0.01)
+
+
+def test_more_fan_in_leaves_less():
+    targets, dictionary, _ = sparse_targets(atoms=64, fan_in=16, targets=300)
+    left = [residual(targets, dictionary, k) for k in (2, 4, 8, 16, 32)]
+    assert left == sorted(left, reverse=True)
+    assert residual(targets, dictionary, 64) < 1e-4  # all atoms: nothing is left
+
+
+def test_a_dictionary_is_learnt():
+    targets, truth, _ = sparse_targets(atoms=48, fan_in=2, targets=3000)
+    generator = torch.Generator().manual_seed(0)
+    first = residual(targets, kmeans_dictionary(targets, 48, generator), 2)
+    learnt = residual(targets, learn_dictionary(targets, 48, 2, 1, 10, generator), 2)
+    random = residual(targets, F.normalize(torch.randn(48, 32, generator=generator), dim=1), 2)
+    assert learnt < 0.8 * first < 0.64 * random
+    assert residual(targets, truth, 2) < 0.01
+
+
+def test_dictionary_larger_than_the_targets():
+    targets, _, _ = sparse_targets(atoms=48, fan_in=2, targets=10)
+    generator = torch.Generator().manual_seed(0)
+    dictionary = learn_dictionary(targets, 64, 4, 1, 3, generator)
+    torch.testing.assert_close(dictionary.norm(dim=1), torch.ones(64))
+    assert torch.linalg.matrix_rank(dictionary) == 32
+    assert residual(targets, dictionary, 4) < 0.01
+
+
+@pytest.mark.parametrize("targets", [96, 90])
+def test_a_group_shares_the_support_of_most_energy(targets):
+    generator = torch.Generator().manual_seed(0)
+    dictionary = F.normalize(torch.randn(40, 32, generator=generator), dim=1)
+    groups = -(-targets // 8)
+    truth = torch.rand(groups, 40, generator=generator).topk(3, dim=1).indices.sort(dim=1).values
+    value = torch.randn(targets, 3, generator=generator)
+    made = F.normalize(decode(truth, value, dictionary, 8), dim=1)
+    index, value = encode(made, dictionary, 3, 8)
+    assert index.shape == (groups, 3)
+    assert value.shape == (targets, 3)
+    assert (index == truth).all(1).float().mean() > 0.9
+    assert residual(made, dictionary, 3, 8) < 0.02
+
+
+def test_fewer_targets_than_a_group():
+    targets, dictionary, _ = sparse_targets(atoms=40, fan_in=3, targets=5)
+    index, value = encode(targets, dictionary, 10, 8)
+    assert index.shape == (1, 10)
+    assert value.shape == (5, 10)
+    # ten atoms for five targets do better than the first ten of the dictionary
+    first = targets - targets @ torch.linalg.pinv(dictionary[:10]) @ dictionary[:10]
+    assert (targets - decode(index, value, dictionary, 8)).square().mean() < 0.5 * first.square().mean()
+
+
+def test_zero_targets_get_random_features_and_zero_weights(corpus, tmp_path):
+    state, _ = run(corpus, settings(), tmp_path / "start")
+    bare = torch.from_numpy(np.flatnonzero(corpus.y.sum(0) == 0))
+    assert len(bare) == 3
+    assert not state["weight"][bare].any()
+    supports = {tuple(row.tolist()) for row in state["index"].to(torch.int64)[bare]}
+    assert len(supports) == 3
+
+
+def test_fan_in_above_the_width_is_an_error(corpus, tmp_path):
+    with pytest.raises(InputError, match=r"head\.fan_in: 17 is above the 16 features"):
+        build_start(settings(intermediate=0, fan_in=17), *corpus.inputs, tmp_path / "start")
+    assert not (tmp_path / "start").exists()
+
+
+@pytest.mark.parametrize("intermediate", [0, 40])
+def test_bottleneck_above_the_directions_is_an_error(corpus, tmp_path, intermediate):
+    with pytest.raises(InputError, match=r"head\.bottleneck: 17 is above the 16 directions"):
+        build_start(settings("bottleneck", intermediate, bottleneck=17), *corpus.inputs, tmp_path / "start")
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (np.zeros(LABELS, np.int32), "each of the 90 labels once"),
+        (np.arange(LABELS - 1), "each of the 90 labels once"),
+        (None, "order.npy is missing"),
+    ],
+)
+def test_an_order_that_does_not_fit_is_an_error(corpus, tmp_path, order, message):
+    if order is not None:
+        np.save(tmp_path / "order.npy", order)
+    with pytest.raises(InputError, match=message):
+        build_start(settings(group=4), *corpus.inputs[:2], tmp_path, tmp_path / "start")
+
+
+def test_equal_embeddings_are_an_error(tmp_path):
+    lists = [[label] for label in range(8)] * 3
+    tokens, embedded = write_corpus(
+        tmp_path, lists, np.ones((24, 4), np.float16), documents=np.arange(20), validation=np.arange(20, 24), label_count=8
+    )
+    with pytest.raises(InputError, match="do not differ"):
+        build_start(settings(fan_in=2), tokens, embedded, tmp_path, tmp_path / "start")
+
+
+def test_a_full_fan_in_is_the_ridge_classifier(corpus, tmp_path):
+    config = settings(intermediate=0, fan_in=WIDTH)
+    state, summary = run(corpus, config, tmp_path / "start")
+    expected = expected_dense(corpus, config.start.lift, np.log((corpus.frequency + 0.5) / corpus.trained))
+    np.testing.assert_allclose(logits(corpus, config, state, corpus.validation_x), expected, atol=0.1, rtol=0.02)
+    assert summary["residual"] < 1e-3
+
+
+def test_counts_of_the_source(corpus, tmp_path):
+    source = load_label_documents(*corpus.inputs[:2])
+    _, summary = run(corpus, settings(), tmp_path / "start")
+    assert summary["documents"] == len(source.embeddings) == 780
+    assert summary["atoms"] == 40
