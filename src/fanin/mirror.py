@@ -75,6 +75,9 @@ class Mirror:
         return summary
 
     def _send_pipeline(self, pipeline: Journal, description: Event, uri: str, summary: Summary) -> None:
+        # The pipeline run goes on meanwhile: its journal is read up to here, before its stages are listed, so that no
+        # event that speaks of a stage comes before the stage.
+        limit = pipeline.end_of_whole_lines()
         stages = self.outbox.stages(pipeline)
         if any(journal.unsent() for journal in (pipeline, *stages)):
             if uri not in self._clients:
@@ -82,13 +85,14 @@ class Mirror:
             sender = _Sender(self, self._clients[uri], uri, description["experiment"])
             parent = sender.run_id(pipeline, description["name"], {"fanin.kind": "pipeline"})
             for journal in stages:
-                start = journal.last("start")
-                if start is not None and journal.unsent():
+                start = journal.start()
+                if start and journal.unsent():
                     tags = {"fanin.kind": "stage", "fanin.stage": start["stage"], "mlflow.parentRunId": parent}
                     sender.run_id(journal, start["stage"], tags)
-                    summary.events += sender.send(journal, stages)
-            summary.events += sender.send(pipeline, stages)
-        if pipeline.last("end") is not None and not any(journal.unsent() for journal in (pipeline, *stages)):
+                    summary.events += sender.send(journal, stages, journal.end_of_whole_lines())
+            summary.events += sender.send(pipeline, stages, limit)
+        closed = pipeline.end() is not None  # after that no stage begins
+        if closed and not any(journal.unsent() for journal in (pipeline, *self.outbox.stages(pipeline))):
             self.outbox.archive(pipeline)
             summary.runs.append(pipeline.key)
 
@@ -137,7 +141,7 @@ class _Sender:
         """Id of the journal's MLflow run: noted, else found by its tag, else created."""
         state = journal.state()
         if "run_id" not in state:
-            start = journal.last("start") or {}
+            start = journal.start()
 
             def create() -> str:
                 found = self.client.search_runs([self.experiment], f"tags.`fanin.key` = '{journal.key}'", max_results=1)
@@ -150,8 +154,8 @@ class _Sender:
             journal.save_state(state)
         return state["run_id"]
 
-    def send(self, journal: Journal, stages: list[Journal]) -> int:
-        """Send the journal's events from where the last pass ended; returns their number."""
+    def send(self, journal: Journal, stages: list[Journal], limit: int) -> int:
+        """Send the journal's events from where the last pass ended up to byte `limit`; returns their number."""
         from mlflow.entities import Metric, Param, RunTag
 
         state = journal.state()
@@ -174,6 +178,8 @@ class _Sender:
 
         offset = state["offset"]
         for after, event in journal.events(offset):
+            if after > limit:
+                break
             kind, moment = event["event"], event["time"]
             if kind == "metrics":
                 metrics += [Metric(metric_name(k), float(v), moment, event["step"]) for k, v in event["values"].items()]
@@ -193,7 +199,7 @@ class _Sender:
             offset, sent = after, sent + 1
             if len(metrics) >= BATCH_METRICS:
                 post(offset)
-        post(max(offset, journal.end_of_whole_lines()))
+        post(max(offset, limit))
         return sent
 
     def _batch(self, run_id: str, kind: str, entries: list[Any]) -> None:
@@ -235,7 +241,7 @@ class _Sender:
 
     def _link(self, run_id: str, hashes: Mapping[str, str], stages: list[Journal]) -> None:
         """Tag the pipeline run with the run of each of its stages: its own, or the one that DVC's cached outs came from."""
-        own = {(journal.last("start") or {}).get("stage"): journal for journal in stages if journal.ended("FINISHED")}
+        own = {journal.start().get("stage"): journal for journal in stages if journal.ended("FINISHED")}
         for stage, stage_hash in hashes.items():
             if stage in own:
                 found = own[stage].state().get("run_id")

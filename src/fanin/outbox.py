@@ -26,6 +26,7 @@ from fanin.files import write_json
 from fanin.owner import Owner, project_root
 
 LINK_BYTES = 2**20  # a file of this size or more is hard-linked into the outbox, a smaller one copied
+TAIL_BYTES = 65536
 SENT = "sent"
 FOREIGN_SILENCE = 3600.0  # seconds after which a run of another host that writes nothing counts as dead
 
@@ -80,9 +81,26 @@ class Journal:
                 found = entry
         return found
 
+    def start(self) -> Event:
+        """The first event: who runs it, where and since when; empty for a journal without a whole line."""
+        return next((entry for _, entry in self.events()), {})
+
+    def end(self) -> Event | None:
+        """The event that closed the run, None while it is open. Reads the last 64 KiB alone, however long the journal."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+                lines = file.read().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return None
+        for line in reversed(lines):
+            if line.startswith(b'{"event": "end"'):
+                return json.loads(line)
+        return None
+
     def ended(self, status: str) -> bool:
         """Whether the run has ended with this status."""
-        end = self.last("end")
+        end = self.end()
         return end is not None and end["status"] == status
 
     def tags(self) -> dict[str, str]:
@@ -99,8 +117,8 @@ class Journal:
 
     def dead(self) -> bool:
         """Whether the run has no end and its process is gone (of another host: silent for an hour)."""
-        start = self.last("start")
-        if start is None or self.last("end") is not None:
+        start = self.start()
+        if not start or self.end() is not None:
             return False
         owner = Owner(**start["owner"])
         return not owner.alive() if owner.local else self.silent_for() > FOREIGN_SILENCE
@@ -147,7 +165,7 @@ class Journal:
             with open(self.path, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 while size > 0:
-                    start = max(0, size - 65536)
+                    start = max(0, size - TAIL_BYTES)
                     file.seek(start)
                     newline = file.read(size - start).rfind(b"\n")
                     if newline >= 0:
@@ -187,7 +205,7 @@ class Outbox:
     def stages(pipeline: Journal) -> list[Journal]:
         """The pipeline run's stages in the order in which they began."""
         found = [Journal(path.parent) for path in pipeline.folder.glob("*/journal.jsonl")]
-        return sorted(found, key=lambda journal: next((entry["time"] for _, entry in journal.events()), 0))
+        return sorted(found, key=lambda journal: journal.start().get("time", 0))
 
     def new_stage(self, pipeline: Journal, name: str) -> Journal:
         """A fresh folder for a stage; a second attempt in the same pipeline run gets a number."""

@@ -47,7 +47,7 @@ def find_pipeline(outbox: Outbox) -> Journal:
         # a variable left over from an ended run, or inherited by a second experiment in the queue, does not count
         experiment = journal.tags().get("fanin.dvc_experiment", os.environ.get("DVC_EXP_NAME", ""))
         same = experiment == os.environ.get("DVC_EXP_NAME", "")
-        if journal.path.exists() and journal.last("end") is None and same:
+        if journal.path.exists() and journal.end() is None and same:
             return journal
     return open_pipeline(outbox, find_owner(), [])
 
@@ -74,26 +74,30 @@ def run_name(config: Config) -> str:
     return os.environ.get("FANIN_RUN_NAME") or os.environ.get("DVC_EXP_NAME") or fallback
 
 
-def describe_pipeline(pipeline: Journal, config: Config) -> None:
-    """Write name, settings, commit and environment of the pipeline run, once."""
+def describe_pipeline(pipeline: Journal, config: Config) -> str | None:
+    """Write name, settings, commit and environment of the pipeline run; returns the name, None if that was done before."""
     if pipeline.last("describe") is not None:
-        return
+        return None
     # the environment outweighs params.yaml: a machine's address is not the experiment's business
     uri = os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri
-    pipeline.append("describe", name=run_name(config), experiment=config.tracking.experiment, uri=uri)
+    name = run_name(config)
+    pipeline.append("describe", name=name, experiment=config.tracking.experiment, uri=uri)
     pipeline.append("params", values={key: str(value) for key, value in flatten(dataclasses.asdict(config)).items()})
     tags = {"fanin.preset": config.preset, "fanin.head": config.head.kind}
     if os.environ.get("DVC_EXP_NAME"):
         tags["fanin.dvc_experiment"] = os.environ["DVC_EXP_NAME"]
     pipeline.append("tags", values=tags | provenance.commit() | provenance.machine())
-    texts = {"packages.txt": "\n".join(provenance.packages()) + "\n"}
+    _text_artifact(pipeline, "packages.txt", "\n".join(provenance.packages()) + "\n", "environment")
     patch = provenance.difference()
     if patch and len(patch) <= PATCH_BYTES:
-        texts["uncommitted.patch"] = patch
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in texts.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
-            pipeline.artifact(Path(folder) / name, "environment")
+        _text_artifact(pipeline, "uncommitted.patch", patch, "environment")
+    return name
+
+
+def _text_artifact(pipeline: Journal, name: str, text: str, folder: str) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / name).write_text(text, encoding="utf-8")
+        pipeline.artifact(Path(place) / name, folder)
 
 
 def record_dataset(pipeline: Journal, corpus: dict[str, Any]) -> None:
@@ -108,12 +112,30 @@ def record_results(pipeline: Journal, workspace: Path, stage: str) -> None:
     for name, prefix, made_by in (("metrics.json", "", "evaluate"), ("memory.json", "memory/", "memory")):
         if (reports / name).exists() and stage in (made_by, LAST_STAGE, ""):
             values = {prefix + key: value for key, value in numbers(read_json(reports / name)).items()}
-            pipeline.append("metrics", values=values, step=0)
+            known = _recorded(pipeline)
+            values = {key: value for key, value in values.items() if known.get(key) != value}
+            if values:
+                pipeline.append("metrics", values=values, step=0)
     corpus = workspace / "data" / "corpus" / "corpus.json"
     if corpus.exists():
         record_dataset(pipeline, read_json(corpus))
     if stage == LAST_STAGE and (reports / "report.html").exists():
         pipeline.artifact(reports / "report.html", "report")
+
+
+def _recorded(pipeline: Journal) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for _, entry in pipeline.events():
+        if entry["event"] == "metrics":
+            found |= entry["values"]
+    return found
+
+
+def _lock(outbox: Outbox, pipeline: Journal) -> tuple[Path, str | None]:
+    """Where the pipeline run's stages work (an experiment may have a copy of the project), and the dvc.lock there."""
+    starts = [pipeline.start(), *(journal.start() for journal in outbox.stages(pipeline))]
+    workspace = Path(next((start["workspace"] for start in reversed(starts) if "workspace" in start), ""))
+    return workspace, provenance.dvc_lock(workspace, outbox.root, pipeline.tags().get("fanin.dvc_experiment"))
 
 
 def record_stage_hashes(outbox: Outbox, pipeline: Journal) -> dict[str, str]:
@@ -122,17 +144,15 @@ def record_stage_hashes(outbox: Outbox, pipeline: Journal) -> dict[str, str]:
     DVC writes dvc.lock after a stage, so this runs at the next stage's start and when the pipeline run is closed. A
     dvc.lock older than the stage's end (dvc was killed in between) says nothing about that stage.
     """
-    start = pipeline.last("start") or {}
-    workspace = Path(start.get("workspace", ""))
-    text = provenance.dvc_lock(workspace, outbox.root, pipeline.tags().get("fanin.dvc_experiment"))
+    workspace, text = _lock(outbox, pipeline)
     if text is None:
         return {}
     hashes = provenance.stage_hashes(text)
     lock = workspace / "dvc.lock"
     written = lock.stat().st_mtime * 1000 if lock.exists() else math.inf
     for journal in outbox.stages(pipeline):
-        end, begun = journal.last("end"), journal.last("start")
-        if end is None or begun is None or end["status"] != "FINISHED" or end["time"] > written + 1:
+        end, begun = journal.end(), journal.start()
+        if end is None or end["status"] != "FINISHED" or end["time"] > written + 1:
             continue
         if begun["stage"] in hashes and "fanin.stage_hash" not in journal.tags():
             journal.append("tags", values={"fanin.stage_hash": hashes[begun["stage"]]})
@@ -144,23 +164,24 @@ def close_pipeline(outbox: Outbox, pipeline: Journal, code: int | None = None) -
 
     `code` is the command's exit code where a wrapper saw it. A run in which nothing ran or changed leaves no trace.
     """
-    statuses = []
+    statuses = {}  # of each stage's last attempt
     for journal in outbox.stages(pipeline):
         if journal.dead():
             journal.append("tags", values={"fanin.reason": "the process was gone without a word (killed)"})
             journal.append("end", status="KILLED")
-        end = journal.last("end")
-        statuses.append(end["status"] if end else "KILLED")
-    hashes = record_stage_hashes(outbox, pipeline)
-    start = pipeline.last("start") or {}
-    workspace = Path(start.get("workspace", ""))
-    failed = next((status for status in ("KILLED", "FAILED") if status in statuses), None)
+        end = journal.end()
+        statuses[journal.start().get("stage")] = end["status"] if end else "KILLED"
+    failed = next((status for status in ("KILLED", "FAILED") if status in statuses.values()), None)
     if failed is None and code:
         failed = "KILLED" if code in (130, 143, -2, -15, -9) else "FAILED"
+    hashes = record_stage_hashes(outbox, pipeline)
+    workspace, text = _lock(outbox, pipeline)
+    if failed is not None:  # what dvc.lock says of the stages that did not come to run is an earlier run's
+        hashes = {stage: value for stage, value in hashes.items() if statuses.get(stage) == "FINISHED"}
     if hashes:
-        pipeline.append("stages", hashes=hashes, current=failed is None)
-    if (workspace / "dvc.lock").exists():
-        pipeline.artifact(workspace / "dvc.lock", "dvc")
-    if failed is None and workspace.exists() and code is not None:
+        pipeline.append("stages", hashes=hashes)
+    if text is not None:
+        _text_artifact(pipeline, "dvc.lock", text, "dvc")
+    if failed is None and code is not None:
         record_results(pipeline, workspace, "")
     pipeline.append("end", status=failed or "FINISHED")

@@ -97,15 +97,27 @@ def device(setting: str) -> str:
 def stage_hashes(lock: str) -> dict[str, str]:
     """Stage name to hash of its command, deps and params, from the text of a dvc.lock.
 
-    Equal hashes mean that DVC would take the one stage's outs for the other's.
+    Equal hashes mean that DVC would take the one stage's outs for the other's. Left out are stages whose entry is out of
+    date: a dep is not, or rests on something that is not, what the stage that makes it made last.
     """
     import yaml
 
     try:
         stages = (yaml.safe_load(lock) or {}).get("stages", {})
-        return {name: _stage_hash(entry) for name, entry in stages.items()}
+        made = {out["path"]: (name, out.get("md5")) for name, entry in stages.items() for out in entry.get("outs", [])}
+        stale: set[str] = set()
+        for _ in stages:  # once more for each link of the longest chain
+            stale |= {
+                name for name, entry in stages.items() if any(_outdated(dep, made, stale) for dep in entry.get("deps", []))
+            }
+        return {name: _stage_hash(entry) for name, entry in stages.items() if name not in stale}
     except (yaml.YAMLError, AttributeError, KeyError, TypeError):
         return {}
+
+
+def _outdated(dep: Mapping[str, Any], made: Mapping[str, tuple[str, str | None]], stale: set[str]) -> bool:
+    maker, content = made.get(dep["path"], ("", dep.get("md5")))
+    return maker in stale or content != dep.get("md5")
 
 
 def _stage_hash(entry: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ MODE_VARIABLE = "FANIN_TRACKING"  # offline: journals only, nothing is sent unti
 
 LIVE_SECONDS = 15.0  # how old a live curve may be
 LAST_TRIES = 3  # of a server that does not answer, once no run is open
-WAIT_SECONDS = 20.0  # that the wrapper gives the sender after the command's end
+WAIT_SECONDS = 10.0  # that the wrapper gives the sender after the command's end
 LOG_BYTES = 2**20
 
 
@@ -53,13 +53,13 @@ def open_pipelines(outbox: Outbox) -> list[Journal]:
     """Pipeline runs of this host that go on; those whose process is gone are closed on the way."""
     going_on = []
     for pipeline in outbox.pipelines():
-        if pipeline.last("end") is not None:
+        if pipeline.end() is not None:
             continue
         stages = outbox.stages(pipeline)
-        over = pipeline.dead() and all(journal.last("end") is not None or journal.dead() for journal in stages)
+        over = pipeline.dead() and all(journal.end() is not None or journal.dead() for journal in stages)
         if not over:
-            start = pipeline.last("start")
-            if start is not None and Owner(**start["owner"]).local:
+            start = pipeline.start()
+            if start and Owner(**start["owner"]).local:
                 going_on.append(pipeline)
         elif pipeline.last("describe") is None:
             shutil.rmtree(pipeline.folder, ignore_errors=True)  # it ended before it had settings: nothing ran
@@ -91,7 +91,7 @@ def _send_until_idle(outbox: Outbox, mirror: Mirror) -> bool:
     while True:
         going_on = open_pipelines(outbox)
         journals = [journal for pipeline in outbox.pipelines() for journal in (pipeline, *outbox.stages(pipeline))]
-        ended = sum(journal.last("end") is not None for journal in journals if journal.unsent())
+        ended = sum(journal.end() is not None for journal in journals if journal.unsent())
         due = time.monotonic() - sent_at >= pause or (ended > ended_before and ended > 0)
         last_try = not going_on
         if any(journal.unsent() for journal in journals) and (due or last_try):
@@ -122,7 +122,7 @@ def sync(*, again: bool = False) -> int:
         outbox.unarchive()
     open_pipelines(outbox)
     summary = Mirror(outbox).flush()
-    left = [pipeline.key for pipeline in outbox.pipelines() if pipeline.last("end") is not None]
+    left = [pipeline.key for pipeline in outbox.pipelines() if pipeline.end() is not None]
     print(f"tracking: {len(summary.runs)} pipeline run(s) sent in full, {summary.events} new events")
     for problem in summary.problems:
         print(f"tracking: no answer from {problem}", file=sys.stderr)
@@ -162,7 +162,7 @@ def wrap(words: Sequence[str]) -> int:
 
 def _terminate(outbox: Outbox, pipeline: Journal | None, process: subprocess.Popen[bytes]) -> None:
     stages = outbox.stages(pipeline) if pipeline else []
-    starts = [journal.last("start") for journal in stages if journal.last("end") is None]
+    starts = [journal.start() for journal in stages if journal.end() is None]
     owners = [Owner(**start["owner"]) for start in starts if start]
     alive = [owner for owner in owners if owner.alive()]
     for owner in alive:
@@ -171,11 +171,24 @@ def _terminate(outbox: Outbox, pipeline: Journal | None, process: subprocess.Pop
         process.terminate()
 
 
+def experiment_name(words: Sequence[str]) -> str | None:
+    """The name that a `dvc exp run` command gives its experiment."""
+    for number, word in enumerate(words):
+        if word in ("-n", "--name") and number + 1 < len(words):
+            return words[number + 1]
+        if word.startswith("--name="):
+            return word.partition("=")[2]
+    return None
+
+
 def _finish(outbox: Outbox, pipeline: Journal, code: int, *, changed: bool) -> None:
     if not changed and not outbox.stages(pipeline):  # nothing ran
         shutil.rmtree(pipeline.folder, ignore_errors=True)
         return
     try:
+        name = experiment_name(pipeline.start()["command"])
+        if name:  # dvc tells it to stages alone, and there may have been none
+            os.environ.setdefault("DVC_EXP_NAME", name)
         describe_pipeline(pipeline, load_config())
         close_pipeline(outbox, pipeline, code)
     except InputError:

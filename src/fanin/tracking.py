@@ -26,8 +26,16 @@ from fanin import provenance
 from fanin.config import Config
 from fanin.outbox import Journal, Outbox
 from fanin.owner import Owner
-from fanin.pipelines import describe_pipeline, find_pipeline, flatten, record_dataset, record_results, record_stage_hashes
-from fanin.sender import MODE_VARIABLE, ensure_sender, send_loop, sync
+from fanin.pipelines import (
+    PARENT_VARIABLE,
+    describe_pipeline,
+    find_pipeline,
+    flatten,
+    record_dataset,
+    record_results,
+    record_stage_hashes,
+)
+from fanin.sender import MODE_VARIABLE, ensure_sender, send_loop, sync, wrap
 
 
 class Run:
@@ -53,10 +61,12 @@ class Run:
     def _open(self, stage: str, config: Config) -> None:
         outbox = Outbox()
         pipeline = find_pipeline(outbox)
-        describe_pipeline(pipeline, config)
+        name = describe_pipeline(pipeline, config)
+        if name is not None and os.environ.get(PARENT_VARIABLE) is None:  # the wrapper has its own line, at the end
+            print(f"tracking: this is run '{name}'; `make ui` shows it", file=sys.stderr)
         record_stage_hashes(outbox, pipeline)
         journal = outbox.new_stage(pipeline, stage)
-        journal.append("start", stage=stage, owner=dataclasses.asdict(Owner.this()))
+        journal.append("start", stage=stage, owner=dataclasses.asdict(Owner.this()), workspace=str(Path.cwd()))
         self._journal, self._pipeline = journal, pipeline
         self.params(flatten(dataclasses.asdict(config)))
         ensure_sender(outbox)
@@ -135,7 +145,7 @@ class Run:
         if journal is None or pipeline is None:
             return
         if status == "FINISHED":
-            start = journal.last("start") or {}
+            start = journal.start()
             if start.get("stage") == "train":
                 pipeline.append("tags", values={"fanin.device": device})
             record_results(pipeline, Path.cwd(), start.get("stage", ""))
@@ -149,8 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = "Tracking: journals on disk, MLflow as their mirror."
     parser = argparse.ArgumentParser(prog="python -m fanin.tracking", description=about)
     commands = parser.add_subparsers(dest="command", required=True)
-    wrap = commands.add_parser("run", help="run a command (dvc repro ...) as one pipeline run")
-    wrap.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND")
+    around = commands.add_parser("run", help="run a command (dvc repro ...) as one pipeline run")
+    around.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     resend = commands.add_parser("sync", help="send what the tracking server does not have yet")
     resend.add_argument("--again", action="store_true", help="also what was sent before, to a server that lost it or a new one")
     page = commands.add_parser("ui", help="the MLflow UI on the project's store")
