@@ -103,7 +103,7 @@ def fan_in_use(end: Sequence[int], start: Sequence[int] | None) -> list[Chart | 
     now = np.asarray(end, dtype=np.int64)
     before = np.asarray(start, dtype=np.int64) if start is not None and len(start) == len(now) else None
     moved = before is not None and bool((before != now).any())
-    reads, rank = Axis(label="labels that read it", floor=0), Axis(label="feature, from most to least read")
+    reads, rank = Axis(label="labels", floor=0), Axis(label="feature, from most to least read")
     sorted_lines = [_sorted("at the end", now, 1)]
     if moved and before is not None:
         sorted_lines.append(_sorted("at the start", before, 2, dash=True))

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 236
 TOP, RIGHT, BOTTOM = 12, 14, 38
-CHARACTER = 6.2  # px of a digit at the axis' font size
+CHARACTER = 6.8  # px of a digit at the axis' font size
 
 
 def compact(value: float) -> str:
@@ -222,7 +222,7 @@ def _value_axis(values: Sequence[float], axis: Axis) -> tuple[float, Scale]:
         ticks = log_ticks(low, high if high > low else low * 10)
     else:
         ticks = linear_ticks(low if axis.floor is None else min(low, axis.floor), high)
-    left = 10 + CHARACTER * max(len(axis.format(tick)) for tick in ticks)
+    left = 12 + CHARACTER * max(len(axis.format(tick)) for tick in ticks)
     bounds = (low, max(high, ticks[-1])) if axis.log else (ticks[0], ticks[-1])
     return left, Scale(*bounds, HEIGHT - BOTTOM, TOP, axis.log, ticks)
 
