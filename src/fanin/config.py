@@ -7,7 +7,7 @@ below. So every setting can be changed from the command line (`dvc exp run -S he
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ _CHOICES = {
     "train.precision": ("auto", "fp32", "bf16"),
 }
 
-# key: (lowest, highest, lowest and highest allowed themselves)
+# key: lowest and highest value, both allowed
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
     "tokens.max_length": (3, 8192),
@@ -213,12 +213,12 @@ def load_config(path: str | Path = "params.yaml", presets: str | Path | None = N
     folder = Path(presets) if presets is not None else path.parent / "presets"
     names = sorted(p.stem for p in folder.glob("*.yaml"))
     if preset not in names:
-        raise InputError(
-            f"preset: {preset!r} is not one of {', '.join(names)}; choose one or add {folder / f'{preset}.yaml'}"
-        )
+        raise InputError(f"preset: {preset!r} is not one of {', '.join(names)}; choose one or add {folder / f'{preset}.yaml'}")
     merged = OmegaConf.structured(Config)
-    for source, values in ((folder / f"{preset}.yaml", None), (path, params)):
-        values = _read(source, "") if values is None else values
+    for source, values in ((folder / f"{preset}.yaml", _read(folder / f"{preset}.yaml", "")), (path, params)):
+        for key, value in values.items():
+            if is_dataclass(getattr(Config(), key, None)) and value is not None and not isinstance(value, dict):
+                raise InputError(f"{source}: {key} is a section of settings, but holds {value!r}; write its settings below it")
         try:
             merged = OmegaConf.merge(merged, _without_nulls(values))
         except OmegaConfBaseException as error:
@@ -249,7 +249,7 @@ def _explain(source: Path, error: OmegaConfBaseException) -> str:
     key = error.full_key or error.key
     first = str(error).splitlines()[0]
     if "not in" in first:
-        section, _, name = str(key).rpartition(".")
+        section = str(key).rpartition(".")[0]
         known = _settings(Config() if not section else getattr(Config(), section, Config()))
         return f"{source}: {key} is not a setting; the settings there are: {', '.join(known)}"
     return f"{source}: {key}: {first}"
@@ -295,17 +295,13 @@ def _conflicts(config: Config) -> list[str]:
             f"rewiring.method: {rewiring.method} needs head.kind fixed_fan_in, but it is {head.kind}; set rewiring.method to none"
         )
     if not sparse and head.group != 1:
-        wrong.append(
-            f"head.group: {head.group} is for head.kind fixed_fan_in, but it is {head.kind}; set head.group to 1"
-        )
+        wrong.append(f"head.group: {head.group} is for head.kind fixed_fan_in, but it is {head.kind}; set head.group to 1")
     if sparse and head.intermediate == head.fan_in and rewiring.method != "none":
         wrong.append("rewiring.method: nothing to rewire when head.fan_in equals head.intermediate; set it to none")
     if rewiring.method != "none" and rewiring.prune != "threshold" and rewiring.amount >= 1:
         wrong.append(f"rewiring.amount: a fraction must be below 1, found {rewiring.amount}; use 0.1 to 0.3")
     if config.start.source == "data" and head.intermediate and head.activation != "linear":
-        wrong.append(
-            "start.source: a start from data needs head.activation linear; set that, or start.source to random"
-        )
+        wrong.append("start.source: a start from data needs head.activation linear; set that, or start.source to random")
     if auxiliary.enabled and auxiliary.cutoff > train.epochs:
         wrong.append(
             f"auxiliary.cutoff: {auxiliary.cutoff} epochs is after the end of training (train.epochs {train.epochs}); lower it"

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,11 @@ def atomic_path(path: str | Path, *, directory: bool = False) -> Iterator[Path]:
             _remove(old)
         else:
             os.replace(temporary, path)
+    except NotADirectoryError as error:
+        raise InputError(f"cannot write {path}: a part of {path.parent} is a file, but a folder is needed there") from error
     except OSError as error:
+        if isinstance(error, FileExistsError) and path.parent.is_file():
+            raise InputError(f"cannot write {path}: {path.parent} is a file, but a folder is needed there") from error
         if error.errno in _WRITE_ERRORS:
             raise InputError(f"cannot write {path}: {_WRITE_ERRORS[error.errno]}") from error
         raise
@@ -59,7 +63,8 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -76,9 +81,7 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path} is missing; run the stage that writes it (dvc repro)") from None
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}, line {error.lineno}: not valid JSON ({error.msg}); rerun the stage that writes it"
-        ) from None
+        raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); rerun the stage that writes it") from None
 
 
 def sha256(path: str | Path) -> str:

@@ -139,9 +139,7 @@ class Head(nn.Module):
         self, schedule: rewiring.Schedule, step: int, generator: torch.Generator, x: Tensor, positives: Positives
     ) -> dict[str, float]:
         """Prune and regrow; only a sparse head can."""
-        raise InputError(
-            f"rewiring.method: {schedule.method} needs head.kind fixed_fan_in; set rewiring.method to none"
-        )
+        raise InputError(f"rewiring.method: {schedule.method} needs head.kind fixed_fan_in; set rewiring.method to none")
 
     # inference ----------------------------------------------------------------------------------------------------
 
@@ -231,9 +229,7 @@ class Bottleneck(Dense):
 
     projection: Tensor
 
-    def __init__(
-        self, labels: int, width: int, rank: int, loss: str = "bce", generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, labels: int, width: int, rank: int, loss: str = "bce", generator: torch.Generator | None = None) -> None:
         if rank > width:
             raise InputError(f"head.bottleneck: {rank} is above the {width} features it reads; lower it")
         bound = 1 / math.sqrt(width)
@@ -336,10 +332,7 @@ class FixedFanIn(Head):
         """
         amount = schedule.amount_at(step)
         if schedule.prune == "global":
-            sizes = lambda: (
-                rewiring.magnitude(self._labels_of(self.weight, a, b), self.group) for a, b in self._row_chunks()
-            )  # noqa: E731
-            amount = rewiring.global_threshold(sizes, self.index.numel(), amount)
+            amount = rewiring.global_threshold(self._magnitudes, self.index.numel(), amount)
         pruned = moved = 0
         ranges = _Ranges(positives)
         for start, stop in self._row_chunks():
@@ -362,6 +355,10 @@ class FixedFanIn(Head):
                     part = self._labels_of(tensor, start, stop)
                     part.copy_(part.gather(1, place) * keep)
         return {"entries": self.index.numel(), "pruned": pruned, "moved": moved}
+
+    def _magnitudes(self) -> Iterator[Tensor]:
+        for start, stop in self._row_chunks():
+            yield rewiring.magnitude(self._labels_of(self.weight, start, stop), self.group)
 
     def _labels_of(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         return tensor[start * self.group : min(stop * self.group, self.labels)]

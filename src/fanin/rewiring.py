@@ -10,7 +10,7 @@ gradient is largest. Regrown weights start at zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -48,18 +48,18 @@ def magnitude(weight: Tensor, group: int) -> Tensor:
     return (squares / members).sqrt_()
 
 
-def global_threshold(magnitudes: Callable[[], object], total: int, fraction: float) -> float:
+def global_threshold(magnitudes: Callable[[], Iterable[Tensor]], total: int, fraction: float) -> float:
     """The magnitude below which `fraction` of all entries lie, from chunks, in two passes of a histogram.
 
     magnitudes() yields tensors of any shape; memory stays at one chunk and 65,536 bins. Exact to one part in 65,536 of
     the range, and never below the smallest value.
     """
-    highest = max((float(chunk.max()) for chunk in magnitudes()), default=0.0)  # type: ignore[attr-defined]
+    highest = max((float(chunk.max()) for chunk in magnitudes()), default=0.0)
     if highest <= 0:
         return 0.0
     bins = 65536
     counts = torch.zeros(bins, dtype=torch.float64)
-    for chunk in magnitudes():  # type: ignore[attr-defined]
+    for chunk in magnitudes():
         counts += torch.histc(chunk.float(), bins, 0.0, highest).cpu().double()
     place = int(torch.searchsorted(counts.cumsum(0), torch.tensor(fraction * total, dtype=torch.float64)))
     return highest * min(place, bins) / bins

@@ -51,11 +51,9 @@ def train(
     """
     description = read_json(tokens_folder / "tokens.json")
     tokens = TokenSet.open(tokens_folder / "train.arrow")
-    train_rows, validation_rows = split(
-        description["documents"]["train"], config.train.validation_documents, config.seed
-    )
-    if len(tokens) > description["documents"]["train"]:  # label documents follow the true ones
-        train_rows = np.concatenate([train_rows, np.arange(description["documents"]["train"], len(tokens))])
+    true_documents = len(tokens) - description["label_documents"]  # label documents follow the true ones: never held out
+    train_rows, validation_rows = split(true_documents, config.train.validation_documents, config.seed)
+    train_rows = np.concatenate([train_rows, np.arange(true_documents, len(tokens))])
     order, meta = (_load(clusters_folder / name, description["labels"]) for name in ("order.npy", "meta.npy"))
 
     device = _device(config.train.device)
@@ -126,7 +124,7 @@ def _device(setting: str) -> torch.device:
 def _load(path: Path, labels: int) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r")
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: {error}; run the clusters stage (dvc repro clusters)") from None
     if array.shape != (labels,):
         raise InputError(f"{path}: holds {array.shape}, but the corpus has {labels} labels; rerun the clusters stage")

@@ -1,0 +1,207 @@
+"""The loop as a whole: it learns, it can be killed anywhere, it frees what it no longer needs."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fanin.data.batches import split
+from fanin.data.tokens import TokenSet
+from fanin.files import InputError
+from fanin.metrics import csr, match, precision
+from fanin.model import Classifier
+from fanin.retrieval import rank
+from fanin.trainer import Trainer
+from training_folder import prepare, train_in
+
+TESTS = Path(__file__).parent
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from training_folder import small_config, train_in
+folder = Path(sys.argv[1])
+train_in(folder, small_config(folder / "encoder"), sys.argv[2], lambda m, step: print(step, flush=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("train")
+    config = prepare(path)
+    summary = train_in(path, config)
+    return path, config, summary
+
+
+def start(folder: Path, name: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder), name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def wait_for_step(process: subprocess.Popen, step: int) -> None:
+    for line in process.stdout:
+        if int(line) >= step:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def assert_same_run(folder: Path, one: str, two: str) -> None:
+    for file in ("models/head.safetensors", "models/encoder/model.safetensors"):
+        first, second = load_file(folder / one / file), load_file(folder / two / file)
+        assert first.keys() == second.keys()
+        for key in first:
+            assert torch.equal(first[key], second[key]), key
+    for curve in ("train", "validation", "rewiring"):
+        rows = [(folder / run / f"reports/{curve}_curve.csv").read_text().splitlines() for run in (one, two)]
+        # the last column of the train curve is documents a second, which no two runs share
+        cut = [[line.rpartition(",")[0] if curve == "train" else line for line in lines] for lines in rows]
+        assert cut[0] == cut[1]
+
+
+def test_it_learns_the_training_set_by_heart(folder):
+    path, config, _ = folder
+    config = copy.deepcopy(config)
+    config.encoder.dropout = 0.0
+    config.train.epochs, config.train.encoder_lr, config.train.validate_every = 18.0, 3e-3, 0
+    train_in(path, config, "heart")
+    tokens = TokenSet.open(path / "data/tokens/train.arrow")
+    rows, _ = split(len(tokens), 20, config.seed)
+    ranked, _ = rank(Classifier.load(path / "heart/models"), tokens, rows, 5, 64)
+    untrained, _ = rank(Classifier.build(config, 60).eval(), tokens, rows, 5, 64)
+    learnt, before = (precision(match(r, *csr(tokens.labels(rows))))["P@1"] for r in (ranked, untrained))
+    assert before < 20
+    assert learnt > 90
+
+
+def test_it_leaves_a_whole_model(folder):
+    path, _, summary = folder
+    assert len((path / "run/reports/train_curve.csv").read_text().splitlines()) == 41
+    assert summary["steps"] == 40
+    assert summary["documents"] == 40 * 14
+    assert summary["moved"] > 0.1
+    assert sum(summary["feature_use"]) == 60 * 6
+    assert summary["head_bytes"]["optimizer"] == 60 * 6 * 4 + 60 * 4
+    assert not list((path / "run/checkpoints").glob("*"))
+    loaded = Classifier.load(path / "run/models")
+    scores, labels = loaded.topk(*loaded.encode(["ba de", "go gu"]), 5)
+    assert labels.shape == (2, 5)
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+    assert loaded.label_texts[int(labels[0, 0])] == f"label {int(labels[0, 0])}"
+
+
+@pytest.mark.parametrize("step", [3, 13, 22])
+def test_kill_9_then_resume_ends_bit_for_bit_the_same(folder, step):
+    """Before the first checkpoint, with the auxiliary branch alive and rewiring between, and after its cut-off."""
+    path, config, _ = folder
+    name = f"killed-{step}"
+    process = start(path, name)
+    wait_for_step(process, step)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (path / name / "models").exists()
+    summary = train_in(path, config, name)
+    assert (summary["resumed_from"] is not None) == (step > 5)
+    assert_same_run(path, "run", name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_of_that_very_step(folder, number):
+    path, config, _ = folder
+    name = f"stopped-{number}"
+    process = start(path, name)
+    wait_for_step(process, 7)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode != 0
+    assert "stopped at step" in errors
+    newest = sorted((path / name / "checkpoints").glob("step-*"))[-1]
+    step = json.loads((newest / "state.json").read_text())["step"]
+    assert f"stopped at step {step} of 40" in errors
+    if number == signal.SIGINT:  # other settings must not take it up
+        config = copy.deepcopy(config)
+        config.train.encoder_lr *= 2
+    assert train_in(path, config, name)["resumed_from"] == (step if number == signal.SIGTERM else None)
+
+
+def test_the_auxiliary_branch_is_freed_at_the_cut_off(folder, monkeypatch):
+    path, config, _ = folder
+    seen = {}
+    original = Trainer._train_step
+
+    def spy(self, stream):
+        metrics = original(self, stream)
+        if self.step == 1:
+            layer = self.auxiliary.layer
+            seen["watched"] = [
+                weakref.ref(t) for t in (self.auxiliary, layer.weight, self.optimizer.state[layer.weight]["exp_avg"])
+            ]
+            seen["groups"] = len(self.optimizer.param_groups)
+        if self.step == self.cutoff_step:
+            gc.collect()
+            seen["alive"] = [ref() is not None for ref in seen["watched"]]
+            assert self.auxiliary is None
+            assert len(self.optimizer.param_groups) < seen["groups"]
+        return metrics
+
+    monkeypatch.setattr(Trainer, "_train_step", spy)
+    train_in(path, config, "auxiliary")
+    assert seen["alive"] == [False, False, False]
+
+
+def test_groups_and_label_order_round_trip(folder):
+    """With G > 1 the head's rows are in cluster order; rankings still speak of label ids."""
+    path, config, _ = folder
+    config = copy.deepcopy(config)
+    config.head.group = 8
+    train_in(path, config, "grouped")
+    loaded = Classifier.load(path / "grouped/models")
+    assert loaded.order is not None
+    assert sorted(loaded.order.tolist()) == list(range(60))
+    ids, mask = loaded.encode(["ba de gi"])
+    scores, labels = loaded.topk(ids, mask, 60)
+    rows = loaded.head.logits(loaded.features(ids, mask), 0, 60)
+    torch.testing.assert_close(rows[0][torch.argsort(loaded.order)][labels[0]], scores[0])
+
+
+def test_a_loss_that_is_not_finite_is_an_error(folder):
+    path, config, _ = folder
+    config = copy.deepcopy(config)
+    config.train.head_lr, config.head.loss = 1e4, "squared_hinge"
+    with pytest.raises(InputError, match=r"the loss is (nan|inf) at step \d+; lower train.encoder_lr"):
+        train_in(path, config, "diverged")
+    assert not (path / "diverged/models").exists()
+
+
+def test_missing_and_misfit_inputs(folder, tmp_path):
+    path, config, _ = folder
+    shutil.copytree(path / "data", tmp_path / "data")
+    order = tmp_path / "data/clusters/order.npy"
+    order.write_bytes(b"")
+    with pytest.raises(InputError, match=r"order.npy: .*run the clusters stage"):
+        train_in(tmp_path, config)
+    order.unlink()
+    with pytest.raises(InputError, match=r"run the clusters stage"):
+        train_in(tmp_path, config)
+    (tmp_path / "data/start/head.safetensors").write_bytes(b"12345678")
+    shutil.copy(path / "data/clusters/order.npy", order)
+    with pytest.raises(InputError, match=r"head.safetensors: not a whole safetensors file"):
+        train_in(tmp_path, config)
+    assert not (tmp_path / "run/models").exists()
