@@ -149,7 +149,8 @@ def _commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    dirty = git("status", "--porcelain", "--", "src/fanin/data", "benchmarks/corpus_streaming.py")
+    used = [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "fanin" and module.__file__]
+    dirty = git("status", "--porcelain", "--", *used, __file__)
     return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
 
 
@@ -164,6 +165,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.child:
         return child(*given.child, given.layout)
+    commit = _commit()  # before the run, which takes minutes
     with tempfile.TemporaryDirectory(prefix="fanin-corpus-") as folder:
         raw, out = Path(folder, "raw"), Path(folder, "corpus")
         raw.mkdir()
@@ -193,7 +195,7 @@ def main() -> None:
             "pyarrow": pa.__version__,
             "numpy": np.__version__,
         },
-        "commit": _commit(),
+        "commit": commit,
     }
     device = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
     suffix = "" if given.layout == "xc_json" else f"-{given.layout}"

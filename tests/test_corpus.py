@@ -211,3 +211,30 @@ def test_stage_reports_missing_files_with_their_origin(tmp_path: Path) -> None:
     assert "manikvarma.org/downloads/XC/XMLRepository.html" in message
     assert str(raw / "README.md") in message
     assert leftovers(tmp_path) == ["amazon-3m"]
+
+
+def test_stage_exits_with_one_line_and_code_1(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    params = (root / "params.yaml").read_text().replace("preset: wordnet", "preset: amazon-670k", 1)
+    (tmp_path / "params.yaml").write_text(params)
+    (tmp_path / "presets").symlink_to(root / "presets")
+    command = [sys.executable, root / "pipeline" / "corpus.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, FANIN_TRACKING="off"))
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: data/raw/amazon-670k: train_raw_texts.txt, ")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.slow
+def test_streaming_benchmark_checks_and_records(tmp_path: Path) -> None:
+    """The benchmark at a small size: its own comparison passes, and the peak is far from what holding all would take."""
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "corpus_streaming.py"
+    peaks = {}
+    for documents in (60_000, 120_000):
+        sizes = ["--documents", str(documents), "--labels", "5000", "--out", str(tmp_path / str(documents))]
+        subprocess.run([sys.executable, script, *sizes], check=True, capture_output=True)
+        (record,) = (tmp_path / str(documents)).glob("*.json")
+        peaks[documents] = json.loads(record.read_text())["peak_mib"]
+    # 60,000 more documents are 33 MiB of text and 55 MiB of Python objects when they are kept
+    assert peaks[120_000] < peaks[60_000] + 40, peaks

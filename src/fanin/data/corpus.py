@@ -70,22 +70,14 @@ def open_source(corpus: Corpus, raw: Path) -> Source:
 def _write(source: Source, folder: Path, label_documents: bool) -> dict[str, Any]:
     frequency = Frequency()
     with pq.ParquetWriter(folder / "train.parquet", DOCUMENTS, compression="zstd") as writer:
-        train = _write_documents(writer, frequency.counting(source.train()))
+        train, _ = _write_documents(writer, frequency.counting(source.train()))
         labels = _write_labels(source, folder / "labels.parquet", frequency)
         if labels < 2:
             raise InputError(f"{source.files()[0].parent}: the corpus has {labels} label; a classifier needs at least 2")
         if label_documents:
             _write_documents(writer, ((text, [label]) for label, text in enumerate(source.labels())))
-    unlabelled = 0
-
-    def count_unlabelled(documents: Iterable[Document]) -> Iterator[Document]:
-        nonlocal unlabelled
-        for document in documents:
-            unlabelled += not document[1]
-            yield document
-
     with pq.ParquetWriter(folder / "test.parquet", DOCUMENTS, compression="zstd") as writer:
-        test = _write_documents(writer, count_unlabelled(source.test()))
+        test, unlabelled = _write_documents(writer, source.test())
     pairs = source.filtered(test)
     filtered = 0 if pairs is None else _write_filter(pairs, folder / "filter.parquet")
     return {
@@ -135,8 +127,9 @@ class Frequency:
         return counts
 
 
-def _write_documents(writer: pq.ParquetWriter, documents: Iterable[Document]) -> int:
-    total, characters = 0, 0
+def _write_documents(writer: pq.ParquetWriter, documents: Iterable[Document]) -> tuple[int, int]:
+    """Write documents in row groups; returns how many there were, and how many of them without labels."""
+    total, unlabelled, characters = 0, 0, 0
     texts: list[str] = []
     labels: list[list[int]] = []
 
@@ -151,11 +144,12 @@ def _write_documents(writer: pq.ParquetWriter, documents: Iterable[Document]) ->
     for text, ids in documents:
         texts.append(text)
         labels.append(ids)
+        unlabelled += not ids
         characters += len(text)
         if len(texts) == ROW_GROUP or characters > _ROW_GROUP_CHARACTERS:
             flush()
     flush()
-    return total
+    return total, unlabelled
 
 
 def _write_labels(source: Source, path: Path, frequency: Frequency) -> int:
