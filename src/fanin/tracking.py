@@ -74,30 +74,33 @@ class Run:
     def _guard(self, action: Callable[[], Any]) -> None:
         try:
             action()
-        except OSError as error:
+        except (OSError, ValueError, TypeError) as error:  # ValueError: also a report that is not JSON
             if not self._warned:
                 print(f"warning: tracking lost something, the run goes on: {error}", file=sys.stderr)
             self._warned = True
 
     def _append(self, event: str, **fields: Any) -> None:
-        journal = self._journal
-        if journal is not None:
-            self._guard(lambda: journal.append(event, **fields))
+        if self._journal is not None:
+            self._journal.append(event, **fields)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log settings; nested mappings are flattened with dots. A setting can be logged once."""
-        self._append("params", values={key: str(value) for key, value in flatten(values).items()})
+        self._guard(lambda: self._append("params", values={key: str(value) for key, value in flatten(values).items()}))
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers, as the curve's point at `step` where one is given; nested mappings are flattened with "/"."""
-        flat = {key: float(value) for key, value in flatten(values, separator="/").items()}
-        # JSON has no NaN or infinity: those as strings, which float() reads back
-        kept = {key: value if math.isfinite(value) else str(value) for key, value in flat.items()}
-        self._append("metrics", values=kept, step=step or 0)
+
+        def append() -> None:
+            flat = {key: float(value) for key, value in flatten(values, separator="/").items()}
+            # JSON has no NaN or infinity: those as strings, which float() reads back
+            kept = {key: value if math.isfinite(value) else str(value) for key, value in flat.items()}
+            self._append("metrics", values=kept, step=int(step or 0))
+
+        self._guard(append)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags; a later value replaces an earlier one."""
-        self._append("tags", values=dict(values))
+        self._guard(lambda: self._append("tags", values=dict(values)))
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Keep a file, or a folder's content, as it is now, under `folder` of the run's artifacts."""
@@ -107,7 +110,7 @@ class Run:
 
     def dataset(self, corpus: Mapping[str, Any]) -> None:
         """Name the data set (corpus.json's content) as an input of this run and of the pipeline run."""
-        self._append("dataset", corpus=dict(corpus))
+        self._guard(lambda: self._append("dataset", corpus=dict(corpus)))
         pipeline = self._pipeline
         if pipeline is not None:
             self._guard(lambda: record_dataset(pipeline, dict(corpus)))
@@ -137,7 +140,7 @@ class Run:
         self.metrics({"stage/seconds": time.monotonic() - self._began, "stage/peak_resident_mib": usage / 2**20})
         tags = {"fanin.device": provenance.device(self._device)} | ({"fanin.reason": reason[:5000]} if reason else {})
         self.tags(tags)
-        self._append("end", status=status)
+        self._guard(lambda: self._append("end", status=status))
         self._guard(lambda: self._after(status, tags["fanin.device"]))
 
     def _after(self, status: str, device: str) -> None:
