@@ -14,6 +14,11 @@ from typing import Any
 
 import pytest
 
+IMPORTS = """import sys, time
+from pathlib import Path
+from fanin.files import InputError
+from fanin.stage import run_stage
+"""
 PROJECT = Path(__file__).parent.parent
 
 
