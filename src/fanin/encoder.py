@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fanin.files import InputError, atomic_path, write_json
@@ -169,7 +169,8 @@ def _cpu_prefers_bf16() -> bool:
 def _load_model(path: str, name: str) -> Any:
     with _explained(path, name, "model"), _quiet():
         config = AutoConfig.from_pretrained(path)
-        loader: Any = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+        # the first knows the encoder halves of T5 and its like
+        loader: Any = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
         options = {"dtype": torch.float32, "output_loading_info": True}
         try:
             model, info = loader.from_pretrained(path, add_pooling_layer=False, **options)
@@ -196,7 +197,7 @@ def _explained(path: str, name: str, part: str) -> Iterator[None]:
     """Turn what transformers raises for a missing or damaged model into an InputError that says what was looked for."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         if Path(path).is_dir():
             found = ", ".join(sorted(item.name for item in Path(path).iterdir())) or "nothing"
