@@ -76,16 +76,19 @@ def make_project(root: Path, config: Config, *, seed: int = 0) -> Path:
     rewirings = [[s, 2400, 360, 350 - s // 4, (350 - s // 4) / 2400] for s in range(100, 545, 100)] if moved else []
     _csv(root / "reports/rewiring_curve.csv", ["step", "entries", "pruned", "moved", "share"], rewirings)
     _evaluation(root, rng)
-    parts = ("encoder", "activations", "head_weights", "indices", "optimizer", "buffers")
-    mib = {"fixed_fan_in": (86.6, 210.0, 2.4, 1.2, 260.0, 40.0), "dense": (86.6, 210.0, 27.7, 0.0, 310.0, 66.0)}
+    parts = ("baseline", "encoder", "encoder_optimizer", "activations", "head_weights", "indices", "head_optimizer")
+    mib = {
+        "fixed_fan_in": (402.0, 88.9, 177.8, 210.0, 2.4, 1.2, 2.4),
+        "dense": (402.0, 88.9, 177.8, 210.0, 27.7, 0.0, 27.7),
+    }
     _json(
         root / "reports/memory.json",
         {
             "runs": [
                 {
                     "head": head,
-                    "predicted_mib": {**dict(zip(parts, v, strict=True)), "total": sum(v)},
-                    "measured_mib": {"peak": 1.04 * sum(v)},
+                    "predicted_mib": {**dict(zip(parts, v, strict=True)), "buffers": 30.0, "peak": sum(v) + 30},
+                    "measured_mib": {**dict(zip(parts, v, strict=True)), "buffers": 41.5, "peak": sum(v) + 41.5},
                 }
                 for head, v in mib.items()
             ],
@@ -299,8 +302,10 @@ def test_figures_on_the_page_are_the_inputs(project: Path, config: Config) -> No
     assert "14 min 30 s" in text  # every stage's seconds: 869.7
     assert "18,912" in text
     assert "31.2% of the index entries in 5 rounds" in text
-    assert "predicted, MiB fixed fan-in dense encoder 86.6 86.6" in text
-    assert "total 600.2 700.3" in text
+    assert "fixed fan-in predicted" in text
+    assert "encoder 88.9 88.9 88.9 88.9" in text
+    assert "buffers, gradients 30.0 41.5 30.0 41.5" in text
+    assert "peak 914.7 926.2 964.1 975.6" in text
 
 
 def test_examples_mark_predictions_by_symbol_and_word(project: Path, config: Config) -> None:

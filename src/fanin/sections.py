@@ -20,14 +20,18 @@ LONGEST_TEXT = 600  # characters of a document that the page shows
 LONGEST_LABEL = 120
 GROUPS = ("head", "torso", "tail")
 HEAD_NAMES = {"fixed_fan_in": "fixed fan-in", "dense": "dense", "bottleneck": "bottleneck"}
-# memory's parts: key -> (name, the page's colour)
+# memory's parts, in the order of the bars: key -> (name, the page's colour)
 PARTS = {
+    "baseline": ("process", 6),
     "encoder": ("encoder", 1),
+    "encoder_optimizer": ("encoder optimiser", 7),
     "activations": ("activations", 3),
     "head_weights": ("head weights", 2),
     "indices": ("head indices", 4),
+    "head_optimizer": ("head optimiser", 5),
     "optimizer": ("optimiser state", 5),
-    "buffers": ("buffers", 6),
+    "buffers": ("buffers, gradients", 8),
+    "allocator": ("kept by the allocator", 9),
 }
 
 
@@ -118,32 +122,28 @@ def grid(metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]])
 
 
 def memory(records: Records, config: Config) -> dict[str, Any]:
-    """Bars of predicted parts beside measured peaks, and the curve over numbers of labels."""
+    """Bars of predicted and measured parts, the same as a table, and the curve over numbers of labels; MiB."""
     found = records.json("reports/memory.json")
-    bars, columns = [], []
-    for run in found.get("runs", []):
-        name = HEAD_NAMES.get(run["head"], run["head"])
-        predicted, measured = run.get("predicted_mib") or {}, run.get("measured_mib") or {}
-        parts = [(PARTS[key][0], PARTS[key][1], predicted[key]) for key in PARTS if predicted.get(key)]
-        if parts:
-            columns.append((name, predicted))
-            total = predicted.get("total", sum(part[2] for part in parts))
-            bars.append({"name": name, "kind": "predicted", "parts": parts, "total": total})
-        if measured.get("peak") is not None:
-            bars.append({"name": name, "kind": "measured", "parts": [], "total": measured["peak"]})
-    names = {run["head"]: HEAD_NAMES.get(run["head"], run["head"]) for run in found.get("scale", [])}
+    bars = [
+        {
+            "name": HEAD_NAMES.get(run["head"], run["head"]),
+            "kind": kind,
+            "mib": (sizes := run[f"{kind}_mib"]),
+            "parts": [(*PARTS[key], sizes[key]) for key in PARTS if (sizes.get(key) or 0) > 0],
+            "total": sizes["peak"] if sizes.get("peak") is not None else sizes["total"],
+        }
+        for run in found.get("runs", [])
+        for kind in ("predicted", "measured")
+        if run.get(f"{kind}_mib")
+    ]
+    known = {key: part for key, part in PARTS.items() if any(bar["mib"].get(key) for bar in bars)}
+    scale = found.get("scale", [])
     return {
         "bars": bars,
-        "heads": [name for name, _ in columns],
-        "parts": [
-            (part, [predicted.get(key) for _, predicted in columns])
-            for key, part in [*((key, part) for key, (part, _) in PARTS.items()), ("total", "total")]
-        ],
         "most": max((bar["total"] for bar in bars), default=0),
-        "legend": [part for key, part in PARTS.items() if any(part[0] == p[0] for bar in bars for p in bar["parts"])],
-        "chart": figures.memory_scale(found.get("scale", []), names),
-        "scale": found.get("scale", []),
-        "names": names,
+        "legend": list(known.values()),
+        "rows": [(name, [bar["mib"].get(key) for bar in bars]) for key, (name, _) in known.items()],
+        "chart": figures.memory_scale(scale, {row["head"]: HEAD_NAMES.get(row["head"], row["head"]) for row in scale}),
         "device": found.get("device"),
     }
 
