@@ -88,16 +88,26 @@ def make_project(root: Path, config: Config, *, seed: int = 0) -> Path:
                 {
                     "head": head,
                     "predicted_mib": {**dict(zip(parts, v, strict=True)), "buffers": 30.0, "peak": sum(v) + 30},
+                    "allocator_mib": 57.0 if head == "fixed_fan_in" else None,
+                    "error_percent": round(100 * ((sum(v) + 30) / (sum(v) + 41.5) - 1), 2),
                     "measured_mib": {**dict(zip(parts, v, strict=True)), "buffers": 41.5, "peak": sum(v) + 41.5},
                 }
                 for head, v in mib.items()
             ],
             "scale": [
-                {"labels": n, "head": head, "predicted_mib": 500 + n * each}
+                {
+                    "labels": n,
+                    "head": head,
+                    "predicted_mib": 500 + n * each,
+                    "measured_peak_mib": 1126.4 if n < 200000 else None,
+                }
                 for n in (131072, 670091, 2812281)
                 for head, each in (("fixed_fan_in", 0.0004), ("dense", 0.004))
             ],
             "device": "cpu",
+            "batch": 64,
+            "tokens": 48,
+            "dtype": "float32",
             "seconds": 44.0,
         },
     )
@@ -303,9 +313,22 @@ def test_figures_on_the_page_are_the_inputs(project: Path, config: Config) -> No
     assert "18,912" in text
     assert "31.2% of the index entries in 5 rounds" in text
     assert "fixed fan-in predicted" in text
+    assert "of 64 documents of 48 tokens in float32 on cpu" in text
+    assert "The plan is 1.2% below the measured peak for fixed fan-in and 1.2% below the measured peak for dense." in text
+    assert "keeps up to 57 MiB more" in text
+    assert "Measured: fixed fan-in 1.1 GiB at 131k, dense 1.1 GiB at 131k." in text
     assert "encoder 88.9 88.9 88.9 88.9" in text
-    assert "buffers, gradients 30.0 41.5 30.0 41.5" in text
+    assert "gradients, temporaries 30.0 41.5 30.0 41.5" in text
     assert "peak 914.7 926.2 964.1 975.6" in text
+
+
+def test_a_dense_layer_that_did_not_fit_is_said_to_be_unmeasured(project: Path, config: Config) -> None:
+    runs = json.loads((project / "reports/memory.json").read_text())["runs"]
+    runs[1] |= {"measured_mib": None, "error_percent": None}
+    edit(project / "reports/memory.json", runs=runs)
+    text = page_of(project, config).text
+    assert "The step with the dense head was not measured" in text
+    assert "gradients, temporaries 30.0 41.5 30.0 peak" in text
 
 
 def test_examples_mark_predictions_by_symbol_and_word(project: Path, config: Config) -> None:

@@ -129,15 +129,22 @@ def rewiring(table: Table) -> Chart | None:
 
 
 def memory_scale(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Chart | None:
-    """Predicted peak against the number of labels; rows: `labels`, `head`, `predicted_mib`; names: head -> its name."""
+    """Predicted peak against the number of labels; rows: `labels`, `head`, `predicted_mib` and perhaps
+    `measured_peak_mib`; names: head -> its name."""
     series = []
     for colour, head in enumerate(dict.fromkeys(row["head"] for row in rows), 1):
         points = sorted((float(row["labels"]), float(row["predicted_mib"])) for row in rows if row["head"] == head)
         x, y = [point[0] for point in points], [point[1] / 1024 for point in points]
         dash = head == "dense"
         series.append(Series(name=names.get(head, head), x=x, y=y, colour=colour, marks=True, dash=dash))
+    measured = [
+        f"{names.get(row['head'], row['head'])} {row['measured_peak_mib'] / 1024:.3g} GiB at {compact(row['labels'])}"
+        for row in rows
+        if row.get("measured_peak_mib")
+    ]
+    note = f"Measured: {', '.join(measured)}." if measured else ""
     labels = Axis(label="labels", log=True, ticks=sorted({float(row["labels"]) for row in rows}))
-    return line_chart("Predicted peak by number of labels", series, labels, Axis(label="GiB", log=True))
+    return line_chart("Predicted peak by number of labels", series, labels, Axis(label="GiB", log=True), note)
 
 
 def by_frequency(

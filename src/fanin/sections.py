@@ -26,12 +26,10 @@ PARTS = {
     "encoder": ("encoder", 1),
     "encoder_optimizer": ("encoder optimiser", 7),
     "activations": ("activations", 3),
-    "head_weights": ("head weights", 2),
+    "head_weights": ("head weights", 2),  # and biases
     "indices": ("head indices", 4),
     "head_optimizer": ("head optimiser", 5),
-    "optimizer": ("optimiser state", 5),
-    "buffers": ("buffers, gradients", 8),
-    "allocator": ("kept by the allocator", 9),
+    "buffers": ("gradients, temporaries", 8),  # and the auxiliary branch
 }
 
 
@@ -130,7 +128,7 @@ def memory(records: Records, config: Config) -> dict[str, Any]:
             "kind": kind,
             "mib": (sizes := run[f"{kind}_mib"]),
             "parts": [(*PARTS[key], sizes[key]) for key in PARTS if (sizes.get(key) or 0) > 0],
-            "total": sizes["peak"] if sizes.get("peak") is not None else sizes["total"],
+            "total": sizes["peak"],
         }
         for run in found.get("runs", [])
         for kind in ("predicted", "measured")
@@ -143,8 +141,15 @@ def memory(records: Records, config: Config) -> dict[str, Any]:
         "most": max((bar["total"] for bar in bars), default=0),
         "legend": list(known.values()),
         "rows": [(name, [bar["mib"].get(key) for bar in bars]) for key, (name, _) in known.items()],
-        "chart": figures.memory_scale(scale, {row["head"]: HEAD_NAMES.get(row["head"], row["head"]) for row in scale}),
-        "device": found.get("device"),
+        "chart": figures.memory_scale(scale, HEAD_NAMES),
+        "record": found,
+        "errors": [
+            (HEAD_NAMES.get(run["head"], run["head"]), run["error_percent"])
+            for run in found.get("runs", [])
+            if run.get("error_percent") is not None
+        ],
+        "unmeasured": [HEAD_NAMES.get(run["head"], run["head"]) for run in found.get("runs", []) if not run["measured_mib"]],
+        "kept": next((run["allocator_mib"] for run in found.get("runs", []) if run.get("allocator_mib")), None),
     }
 
 
