@@ -35,6 +35,7 @@ class Encoder:
     pooling: str = "mean"  # mean | cls | cls_layers (CLS of the last `layers` hidden layers, joined)
     layers: int = 1  # for cls_layers
     dropout: float = 0.0  # on the embedding
+    hidden_dropout: float | None = None  # the model's own dropout; null: what its config says
     embed_documents: int = 30000  # training documents embedded for clusters and start; every label covered first
 
 
@@ -163,6 +164,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "tokens.max_length": (3, 8192),
     "encoder.layers": (1, 1000),
     "encoder.dropout": (0, 0.99),
+    "encoder.hidden_dropout": (0, 0.99),
     "encoder.embed_documents": (100, 10**9),
     "clusters.meta_labels": (2, 10**7),
     "start.rounds": (1, 100),

@@ -71,6 +71,12 @@ class Encoder(nn.Module):
         settings |= {k: v for k, v in {"pooling": pooling, "layers": layers, "dropout": dropout}.items() if v is not None}
         return cls(model, tokenizer, **settings).eval()
 
+    def set_hidden_dropout(self, probability: float) -> None:
+        """Set the model's own dropout everywhere in it; `dropout` on the embedding stays."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = probability
+
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Embeddings [B, D] float32 of ids [B, T] under mask [B, T] (1 where there is a token), under autocast or not."""
         wanted = self.pooling == "cls_layers"

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from fanin.files import InputError, atomic_path, read_json
 from fanin.heads import Head, build_head
 
 
+_CPU_TOKENS = 768  # padded tokens encoded at once: beyond it, activations leave the cache
+
+
 class Classifier(nn.Module):
     """Texts in, ranked labels out.
 
@@ -43,9 +47,7 @@ class Classifier(nn.Module):
         self.label_texts: LabelTexts | None = None
 
     @classmethod
-    def build(
-        cls, config: Config, labels: int, order: np.ndarray | None = None, encoder: Encoder | None = None
-    ) -> Classifier:
+    def build(cls, config: Config, labels: int, order: np.ndarray | None = None, encoder: Encoder | None = None) -> Classifier:
         """A classifier with a random head, as `config` describes it; deterministic given config.seed.
 
         order: [L], the labels in the order of the cluster tree; used where labels share index rows (head.group > 1).
@@ -54,6 +56,8 @@ class Classifier(nn.Module):
         settings = config.encoder
         if encoder is None:
             encoder = Encoder.load(settings.name, settings.pooling, settings.layers, settings.dropout)
+        if settings.hidden_dropout is not None:
+            encoder.set_hidden_dropout(settings.hidden_dropout)
         generator = torch.Generator().manual_seed(config.seed)
         width = encoder.width
         intermediate = None
@@ -101,8 +105,24 @@ class Classifier(nn.Module):
     @torch.inference_mode()
     def topk(self, ids: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """ids, mask [B, T] -> (logits [B, k], label ids [B, k] int64), highest first."""
-        scores, rows = self.head.topk(self.features(ids, mask), k)
+        parts = [self.features(ids[rows, :longest], mask[rows, :longest]) for rows, longest in self._parts(mask)]
+        scores, rows = self.head.topk(torch.cat(parts), k)
         return scores, rows if self.order is None else self.order[rows].to(torch.int64)
+
+    def _parts(self, mask: Tensor) -> Iterator[tuple[slice, int]]:
+        """Runs of documents that a CPU encodes fastest (they stay in its cache), each cut to its longest; a GPU takes all."""
+        lengths = mask.sum(1).tolist()
+        if self.device.type != "cpu":
+            yield slice(0, len(lengths)), max(lengths, default=0)
+            return
+        start = 0
+        while start < len(lengths):
+            stop, longest = start + 1, lengths[start]
+            while stop < len(lengths) and max(longest, lengths[stop]) * (stop + 1 - start) <= _CPU_TOKENS:
+                longest = max(longest, lengths[stop])
+                stop += 1
+            yield slice(start, stop), longest
+            start = stop
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Texts -> (ids, mask) [B, T] on the classifier's device, cut to tokens.max_length."""
@@ -124,9 +144,7 @@ class Classifier(nn.Module):
         return {key: value.detach().contiguous() for key, value in state.items()}
 
     def _load_layers(self, state: dict[str, Tensor], source: str) -> None:
-        own = {
-            key.removeprefix("intermediate."): value for key, value in state.items() if key.startswith("intermediate.")
-        }
+        own = {key.removeprefix("intermediate."): value for key, value in state.items() if key.startswith("intermediate.")}
         self.head.load_model_state({k: v for k, v in state.items() if not k.startswith("intermediate.")}, source)
         if (self.intermediate is None) != (not own):
             raise InputError(
@@ -167,9 +185,7 @@ class Classifier(nn.Module):
         try:
             config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), description["config"]))  # type: ignore[assignment]
         except Exception as error:
-            raise InputError(
-                f"{folder / 'fanin.json'}: written by another version of fanin ({error}); train again"
-            ) from None
+            raise InputError(f"{folder / 'fanin.json'}: written by another version of fanin ({error}); train again") from None
         settings = config.encoder
         encoder = Encoder.load(str(folder / "encoder"), settings.pooling, settings.layers, settings.dropout)
         state = _tensors(folder / "head.safetensors")
