@@ -13,7 +13,7 @@ from fanin.tracking import Run
 def main(config: Config, run: Run) -> None:
     summary = build_start(config, "data/tokens", "data/embeddings", "data/clusters", Path("data/start"))
     run.params({"source": summary["source"]})
-    numbers = {key: summary[key] for key in ("residual", "documents", "seconds") if summary[key] is not None}
+    numbers = {key: summary[key] for key in ("residual", "documents") if summary[key] is not None}
     run.metrics(numbers | {f"zero_shot {name}": value for name, value in (summary["zero_shot"] or {}).items()})
     run.artifact(Path("data/start/start.json"))
 

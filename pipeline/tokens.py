@@ -14,7 +14,7 @@ def main(config: Config, run: Run) -> None:
     tokenizer = load_tokenizer(name, max_length)
     summary = tokenize_corpus("data/corpus", "data/tokens", tokenizer, max_length=max_length, encoder=name)
     run.params({"encoder": name, "max_length": max_length, "vocabulary": summary["vocabulary"]})
-    run.metrics({key: summary[key] for key in ("mean_length", "truncated", "seconds")})
+    run.metrics({key: summary[key] for key in ("mean_length", "truncated")})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ highest power of two, so that aligned runs of 8, 16, ... 128 places are whole su
 from __future__ import annotations
 
 import tempfile
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ def build_clusters(
     Labels without an embedded document have no centroid: they come last in the order, by id, and fill the last clusters.
     Raises InputError where the labels are too few for clusters.meta_labels or the inputs do not fit together.
     """
-    began = time.monotonic()
     source = load_label_documents(tokens_folder, embeddings_folder)
     clusters = config.clusters.meta_labels
     if clusters * 2 > source.labels:
@@ -63,7 +61,6 @@ def build_clusters(
         "labels": source.labels,
         "without_documents": int(source.labels - len(covered)),
         "sizes": {"min": int(sizes.min()), "max": int(sizes.max())},
-        "seconds": round(time.monotonic() - began, 3),
     }
     with atomic_path(out, directory=True) as folder:
         np.save(folder / "meta.npy", meta)

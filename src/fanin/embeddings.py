@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,6 @@ def embed_corpus(
     config: Config, tokens_folder: str | Path = "data/tokens", out: str | Path = "data/embeddings"
 ) -> dict[str, Any]:
     """Embed the chosen training documents and the held-out ones into the folder `out`; return its embeddings.json."""
-    began = time.perf_counter()
     about = read_json(Path(tokens_folder) / "tokens.json")
     tokens = TokenSet.open(Path(tokens_folder) / "train.arrow")
     own = len(tokens) - about["label_documents"]  # the labels' own texts follow the documents and are never held out
@@ -123,9 +121,7 @@ def embed_corpus(
     with atomic_path(out, directory=True) as folder:
         np.save(folder / "documents.npy", chosen)
         np.save(folder / "validation_documents.npy", validation_rows)
-        embedding = time.perf_counter()
         embed(encoder, tokens, chosen, folder / "embeddings.npy", **how)
-        seconds = time.perf_counter() - embedding
         embed(encoder, tokens, validation_rows, folder / "validation.npy", desc="validation", **how)
         summary = {
             "documents": len(chosen),
@@ -133,8 +129,6 @@ def embed_corpus(
             "width": encoder.width,
             "covered_labels": int((_frequency(tokens, chosen, about["labels"]) > 0).sum()),
             "precision": str(how["precision"]).removeprefix("torch."),
-            "seconds": time.perf_counter() - began,
-            "documents_per_second": len(chosen) / seconds,
         }
         write_json(folder / "embeddings.json", summary)
     return summary

@@ -110,19 +110,9 @@ class Records:
         return sorted(random.Random(seed).sample(range(total), min(size, total)))
 
     def seconds(self) -> dict[str, float]:
-        """What each stage took, as it says itself; stages that have not run are absent."""
-        sources = {
-            "corpus": "data/corpus/corpus.json",
-            "tokens": "data/tokens/tokens.json",
-            "embeddings": "data/embeddings/embeddings.json",
-            "clusters": "data/clusters/clusters.json",
-            "start": "data/start/start.json",
-            "train": "reports/train.json",
-            "evaluate": "reports/evaluation.json",
-            "memory": "reports/memory.json",
-        }
-        found = {stage: self.json(path).get("seconds") for stage, path in sources.items()}
-        return {stage: float(value) for stage, value in found.items() if value is not None}
+        """What each stage took when it last ran, by the stage runner's clock; stages that have not run are absent."""
+        paths = {stage: self.root / f"reports/stages/{stage}.json" for stage in dict.fromkeys(STAGES.values())}
+        return {stage: float(read_json(path)["seconds"]) for stage, path in paths.items() if path.is_file()}
 
     def _there(self, path: str) -> bool:
         there = (self.root / path).is_file()

@@ -9,11 +9,18 @@ import traceback
 from collections.abc import Callable
 from types import FrameType
 
+import psutil
+
 from fanin.config import Config, load_config
-from fanin.files import InputError
+from fanin.files import InputError, write_json
 from fanin.tracking import Run
 
 REPEAT_SECONDS = 3.0  # a terminal, make and dvc may each pass on the same Ctrl-C
+
+
+def _age() -> float:
+    """Seconds since this process began, imports counted."""
+    return time.time() - psutil.Process().create_time()
 
 
 class Stopped(KeyboardInterrupt):
@@ -65,6 +72,7 @@ def execute(name: str, main: Callable[[Config, Run], None]) -> int:
         config = load_config()
         run = Run.start(name, config)
         main(config, run)
+        write_json(f"reports/stages/{name}.json", {"stage": name, "seconds": round(_age(), 3)})
     except InputError as error:
         code, status, reason = 1, "FAILED", str(error)
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,6 @@ made, expressed by the head's form (`start_forms`), written into its state and r
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,6 @@ def build_start(
     clusters. Labels without an embedded document get zero weights, and the features of their group or else random ones.
     Raises InputError where the inputs do not fit together or the head asks for more features than there are.
     """
-    began = time.monotonic()
     tensors: dict[str, Tensor] = {}
     summary: dict[str, Any] = dict.fromkeys(("zero_shot", "residual", "atoms", "documents"))
     if config.start.source == "data":
@@ -56,7 +54,7 @@ def build_start(
         order = _order(Path(clusters_folder) / "order.npy", source.labels, config.head.group)
         ranking = _Ranking.open(Path(tokens_folder), Path(embeddings_folder), source.labels)
         tensors, summary = start_from_data(config, source, order, ranking)
-    summary = {"source": config.start.source, **summary, "seconds": round(time.monotonic() - began, 3)}
+    summary = {"source": config.start.source, **summary}
     with atomic_path(out, directory=True) as folder:
         save_file(tensors, folder / "head.safetensors", {"format": "pt", "source": config.start.source})
         write_json(folder / "start.json", summary)
@@ -66,7 +64,7 @@ def build_start(
 def start_from_data(
     config: Config, source: LabelDocuments, order: np.ndarray, ranking: _Ranking
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The head's state, its rows the labels in this order, and what start.json says of it but for source and seconds."""
+    """The head's state, its rows the labels in this order, and what start.json says of it but for the source."""
     head, device = config.head, _device(config.train.device)
     generator = torch.Generator().manual_seed(config.seed)
     white = whitening(source.embeddings, device)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ def build_corpus(config: Config, raw: Path, out: Path) -> dict[str, Any]:
 
     Raises InputError for whatever is wrong in the raw files, with file and line, and where `out` cannot be written.
     """
-    started = time.perf_counter()
     source = open_source(config.corpus, raw)
     with atomic_path(out, directory=True) as folder:
         counts = _write(source, folder, config.corpus.label_documents)
@@ -45,7 +43,6 @@ def build_corpus(config: Config, raw: Path, out: Path) -> dict[str, Any]:
             "source": source.facts.source,
             "licence": source.facts.licence,
             "checksum": _checksum(source.files()),
-            "seconds": round(time.perf_counter() - started, 3),
         }
         (folder / "corpus.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return facts

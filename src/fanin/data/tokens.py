@@ -8,7 +8,6 @@ document (`TokenSet.lengths`).
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,7 +154,6 @@ def tokenize_corpus(corpus: str | Path, out: str | Path, tokenizer: Any, *, max_
 
     Raises InputError where the corpus is missing, damaged or lacks a column.
     """
-    began = time.perf_counter()
     corpus = Path(corpus)
     about = read_json(corpus / "corpus.json")
     with atomic_path(out, directory=True) as folder:
@@ -174,7 +172,6 @@ def tokenize_corpus(corpus: str | Path, out: str | Path, tokenizer: Any, *, max_
             "mean_length": sum(part.tokens for part in parts.values()) / max(documents, 1),
             "truncated": sum(part.truncated for part in parts.values()) / max(documents, 1),
             "encoder": encoder,
-            "seconds": time.perf_counter() - began,
         }
         write_json(folder / "tokens.json", summary)
     return summary
