@@ -1,0 +1,1 @@
+"""Memory of the training step: planned from shapes (`plan`), measured in processes of their own (`probe`), recorded."""
