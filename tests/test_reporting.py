@@ -31,9 +31,11 @@ EVIL = '<script>alert("x")</script> & <img src="http://evil.example/x.png" onerr
 def make_project(root: Path, config: Config, *, seed: int = 0) -> Path:
     """A project's records under `root`, in the stages' formats, with made-up figures; texts hold markup."""
     rng = np.random.default_rng(seed)
-    for folder in ("data/corpus", "data/tokens", "data/embeddings", "data/clusters", "data/start", "models", "reports"):
+    for folder in ("data/corpus", "data/tokens", "data/embeddings", "data/clusters", "data/start", "models", "reports/stages"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     _corpus(root, rng)
+    for stage, seconds in SECONDS.items():
+        _json(root / f"reports/stages/{stage}.json", {"stage": stage, "seconds": seconds})
     sparse = config.head.kind == "fixed_fan_in"
     start_use = rng.poisson(LABELS * FAN_IN / FEATURES, FEATURES)
     moved = config.rewiring.method != "none"
@@ -115,6 +117,10 @@ def make_project(root: Path, config: Config, *, seed: int = 0) -> Path:
     return root
 
 
+SECONDS = {"corpus": 4.1, "tokens": 9.6, "embeddings": 95.2, "clusters": 3.3, "start": 21.0}
+SECONDS |= {"train": 611.2, "evaluate": 81.3, "memory": 44.0}
+
+
 def _corpus(root: Path, rng: np.random.Generator) -> None:
     words = ["a valley", "of stone", "quiet", "river", "the bird", "that builds", "nests", "tall trees", "sings at dawn"]
     texts = [" ".join(rng.choice(words, rng.integers(4, 30))) for _ in range(120)]
@@ -127,15 +133,15 @@ def _corpus(root: Path, rng: np.random.Generator) -> None:
     ids = np.arange(LABELS, dtype=np.int32)
     pq.write_table(pa.table({"id": ids, "text": names, "frequency": frequency}), root / "data/corpus/labels.parquet")
     corpus = {"name": "wordnet-near", "train_documents": 72731, "test_documents": 18233, "label_documents": 0}
-    corpus |= {"labels": 18912, "labels_per_document": 3.0123, "labels_seen_once": 6702, "seconds": 4.1}
+    corpus |= {"labels": 18912, "labels_per_document": 3.0123, "labels_seen_once": 6702}
     corpus |= {"source": "Princeton WordNet 3.0", "licence": "WordNet 3.0 licence", "checksum": "ab" * 32}
     _json(root / "data/corpus/corpus.json", corpus)
     tokens = {"documents": {"train": 72731, "test": 18233}, "mean_length": 17.4, "truncated": 0.0123, "max_length": 64}
-    _json(root / "data/tokens/tokens.json", {**tokens, "seconds": 9.6})
-    _json(root / "data/embeddings/embeddings.json", {"documents": 30000, "seconds": 95.2})
-    _json(root / "data/clusters/clusters.json", {"seconds": 3.3})
+    _json(root / "data/tokens/tokens.json", tokens)
+    _json(root / "data/embeddings/embeddings.json", {"documents": 30000})
+    _json(root / "data/clusters/clusters.json", {"meta_labels": 512})
     zero_shot = {"P@1": 41.8, "P@3": 33.1, "P@5": 26.4}
-    _json(root / "data/start/start.json", {"source": "data", "zero_shot": zero_shot, "residual": 0.2, "seconds": 21.0})
+    _json(root / "data/start/start.json", {"source": "data", "zero_shot": zero_shot, "residual": 0.2})
 
 
 def _train_row(step: int, rng: np.random.Generator, config: Config) -> list[float]:
@@ -397,7 +403,7 @@ def test_a_static_head_says_so_and_needs_no_rewiring_file(tmp_path: Path) -> Non
     assert "is missing" not in page.text
     titles = {attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"}
     assert "Features by how many labels read them" in titles
-    assert "Change by rewiring" not in titles
+    assert "Labels of a feature, before and after rewiring" not in titles
 
 
 def test_charts_hold_the_curves(project: Path, config: Config) -> None:
@@ -453,8 +459,8 @@ def test_run_json(project: Path, config: Config, monkeypatch: pytest.MonkeyPatch
     assert run["metrics"]["PSP@5"] == 60.52
     assert run["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert run["trained_with"]["torch"] == "2.12.0"
-    seconds = {"corpus": 4.1, "tokens": 9.6, "embeddings": 95.2, "clusters": 3.3, "start": 21.0}
-    assert run["stage_seconds"] == seconds | {"train": 611.2, "evaluate": 81.3, "memory": 44.0}
+    assert run["stage_seconds"] == SECONDS
+    assert run["total_seconds"] == 869.7
     edit(project / "reports/metrics.json", extra=1)  # a stage's own out does not make the tree dirty
     assert write_report(project, config)["dirty"] is False
     edit(project / "data/corpus/corpus.json", extra=1)
@@ -544,6 +550,19 @@ def test_thinning_keeps_the_mean() -> None:
     thinned = plots.thin(values, 100)
     assert len(thinned) == 100
     assert np.mean([value for value in thinned if value is not None]) == pytest.approx(np.mean(values))
+
+
+def test_a_skewed_use_of_features_is_drawn_on_log_axes_without_the_unread() -> None:
+    start = [40] * 99 + [0]
+    end = [5000] + [20] * 98 + [0]
+    curve, moves = figures.fan_in_use(end, start)
+    assert curve is not None
+    assert moves is not None
+    assert ">1,000<" in curve.svg
+    assert ">2,000<" not in curve.svg  # a tick of the linear axis
+    assert "no label reads" in curve.note
+    dots = re.findall(r'class="dots c1" d="([^"]*)"', moves.svg)
+    assert dots[0].count("h0") == 99
 
 
 def test_fan_in_use_of_a_wide_layer_stays_small() -> None:

@@ -13,6 +13,7 @@ from fanin.plots import Axis, Chart, Series, column_chart, compact, line_chart, 
 Table = Mapping[str, Sequence[float | None]]  # a CSV's columns; None: an empty cell
 
 MOST_POINTS = 400  # a line in 360 px shows no more
+MOST_DOTS = 1600
 STEP = Axis(label="step", floor=0)
 FREQUENCY = Axis(label="training documents", log=True)
 
@@ -39,7 +40,8 @@ def training(curve: Table, rates: Mapping[str, float]) -> list[Chart | None]:
         series = [Series(name="λ", x=steps, y=weights, colour=4)]
         charts.append(line_chart("Weight λ of the auxiliary objective", series, STEP, Axis(label="", floor=0)))
     charts.append(_rates(steps, curve, rates))
-    speed = [Series(name="since the start", x=steps, y=_column(curve, "documents_per_second"), colour=3)]
+    fast = [value or None for value in _column(curve, "documents_per_second")]  # 0: no time had passed yet
+    speed = [Series(name="since the start", x=steps, y=fast, colour=3)]
     charts.append(line_chart("Training speed", speed, STEP, Axis(label="documents/s", floor=0)))
     return charts
 
@@ -61,12 +63,14 @@ def validation(curve: Table, zero_shot: Mapping[str, float] | None) -> Chart | N
 
 
 def _loss(title: str, steps: list[float], values: list[float | None], colour: int) -> Chart | None:
-    smooth = _running_mean(values, max(1, len(values) // 25))
+    axis, window = Axis(label="per document"), len(values) // 25
+    if window < 2:
+        return line_chart(title, [Series(name="loss", x=steps, y=values, colour=colour)], STEP, axis)
     series = [
         Series(name="logged", x=steps, y=values, colour=colour, faint=True),
-        Series(name="running mean", x=steps, y=smooth, colour=colour),
+        Series(name="running mean", x=steps, y=_running_mean(values, window), colour=colour),
     ]
-    return line_chart(title, series, STEP, Axis(label="per document"), "Thin: as logged; bold: running mean.")
+    return line_chart(title, series, STEP, axis, "Thin: as logged; bold: running mean.")
 
 
 def _rates(steps: list[float], curve: Table, rates: Mapping[str, float]) -> Chart | None:
@@ -98,25 +102,38 @@ def label_frequency(frequency: np.ndarray) -> Chart | None:
 
 
 def fan_in_use(end: Sequence[int], start: Sequence[int] | None) -> list[Chart | None]:
-    """How many index entries read each feature: sorted, with the change since the start, or a histogram where
-    nothing changed; end, start: [D'] counts."""
+    """How many index entries read each feature: sorted, with how that moved since the start, or a histogram
+    where nothing did; end, start: [D'] counts."""
     now = np.asarray(end, dtype=np.int64)
-    before = np.asarray(start, dtype=np.int64) if start is not None and len(start) == len(now) else None
-    moved = before is not None and bool((before != now).any())
-    reads, rank = Axis(label="labels", floor=0), Axis(label="feature, from most to least read")
+    before = np.asarray(start, dtype=np.int64) if start is not None and len(start) == len(now) else now
+    moved = bool((before != now).any())
+    # a few features that most labels read would leave all others on the floor of a linear axis
+    log = bool(max(now.max(), before.max()) > 10 * max(1, np.median(now)))
+    unread = "Features that no label reads are not drawn." if log and not (now.all() and before.all()) else ""
+    reads = Axis(label="labels", floor=None if log else 0, log=log)
     sorted_lines = [_sorted("at the end", now, 1)]
-    if moved and before is not None:
+    if moved:
         sorted_lines.append(_sorted("at the start", before, 2, dash=True))
     even = float(now.mean())
     sorted_lines.append(Series(name="if spread evenly", x=[1.0, float(len(now))], y=[even, even], colour=6, dash=True))
-    charts = [line_chart("Labels that read each feature", sorted_lines, rank, reads)]
-    if moved and before is not None:
-        change = [_sorted("change", now - before, 3)]
-        axis = Axis(label="labels gained or lost", floor=0, format=lambda v: f"{v:+,.0f}" if v else "0")
-        charts.append(line_chart("Change by rewiring", change, Axis(label="feature, from gains to losses"), axis))
-    else:
-        charts.append(_histogram(now))
+    rank = Axis(label="feature, from most to least read")
+    charts = [line_chart("Labels that read each feature", sorted_lines, rank, reads, unread)]
+    charts.append(_moves(before, now, log, unread) if moved else _histogram(now))
     return charts
+
+
+def _moves(before: np.ndarray, now: np.ndarray, log: bool, note: str) -> Chart | None:
+    """A point a feature: labels that read it at the start, and at the end."""
+    chosen = np.unique(np.linspace(0, len(now) - 1, min(len(now), MOST_DOTS)).round().astype(np.int64))
+    x, y = before[chosen].astype(float).tolist(), now[chosen].astype(float).tolist()
+    low, high = max(1.0 if log else 0.0, min(x)), max(x)
+    axis = Axis(label="labels at the start", floor=None if log else 0, log=log)
+    series = [
+        Series(name="a feature", x=x, y=y, colour=1, dots=True),
+        Series(name="unchanged", x=[low, high], y=[low, high], colour=6, dash=True),
+    ]
+    title = "Labels of a feature, before and after rewiring"
+    return line_chart(title, series, axis, Axis(label="labels at the end", floor=axis.floor, log=log), note)
 
 
 def rewiring(table: Table) -> Chart | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 236
-TOP, RIGHT, BOTTOM = 12, 14, 38
+TOP, RIGHT, BOTTOM = 18, 14, 38
 CHARACTER = 6.8  # px of a digit at the axis' font size
 
 
@@ -56,6 +56,7 @@ class Series:
     faint: bool = False  # raw values behind a smoothed line: thin, and left out of legend and read-out
     dash: bool = False
     marks: bool = False
+    dots: bool = False  # points without a line, left out of the read-out
     intervals: Sequence[tuple[float, float] | None] | None = None  # of columns
 
 
@@ -141,6 +142,10 @@ def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, note: str
         parts.append(f'<text x="{at:.1f}" y="{base + 16}" text-anchor="{anchor}">{escape(x.format(tick))}</text>')
     parts.append(_x_label(left, x.label))
     for one, line in zip(series, shown, strict=True):
+        if one.dots:
+            spots = "".join(f"M{x_scale(a):.1f} {y_scale(b):.1f}h0" for run in line for a, b in run)
+            parts.append(f'<path class="dots c{one.colour}" d="{spots}"/>')
+            continue
         kind = "faint" if one.faint else "dash" if one.dash else "line"
         for run in line:
             path = "L".join(f"{x_scale(a):.1f} {y_scale(b):.1f}" for a, b in run)
@@ -149,8 +154,9 @@ def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, note: str
                 dots = (f'<circle class="c{one.colour}" cx="{x_scale(a):.1f}" cy="{y_scale(b):.1f}" r="2.6"/>' for a, b in run)
                 parts.extend(dots)
     solid = [one for one in series if not one.faint]
-    legend = [(one.name, one.colour, "dash" if one.dash else "line") for one in solid]
-    svg = _svg(title, parts, _read_out(solid, x, y, x_scale))
+    legend = [(one.name, one.colour, "block" if one.dots else "dash" if one.dash else "line") for one in solid]
+    lines = [] if any(one.dots for one in series) else solid
+    svg = _svg(title, parts, _read_out(lines, x, y, x_scale) if lines else "")
     return Chart(title=title, svg=svg, legend=legend if len(legend) > 1 else [], note=note, unit=y.label)
 
 
