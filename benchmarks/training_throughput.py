@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import records
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import records
 from fanin.config import load_config
 from fanin.data.batches import Batch, Batches
 from fanin.data.tokens import TokenSet

@@ -271,7 +271,7 @@ def test_bad_states_are_refused():
         head.load_model_state({"bias": state["bias"]}, "start.safetensors")
     with pytest.raises(InputError, match=r"weight is \(29, 4\), but the settings ask for \(30, 4\)"):
         head.load_model_state(state | {"weight": torch.zeros(29, 4)}, "f")
-    with pytest.raises(InputError, match="an index is outside 0..15"):
+    with pytest.raises(InputError, match=r"an index is outside 0\.\.15"):
         head.load_model_state(state | {"index": torch.full((30, 4), 16, dtype=torch.uint8)}, "f")
     with pytest.raises(InputError, match="an index is repeated in a row"):
         head.load_model_state(state | {"index": torch.zeros(30, 4, dtype=torch.uint8)}, "f")

@@ -239,7 +239,7 @@ def _read(path: Path, advice: str) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise InputError(f"{path}: expected sections of settings, found {type(loaded).__name__}")
-    return loaded
+    return {str(key): value for key, value in loaded.items()}
 
 
 def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
@@ -290,11 +290,13 @@ def _conflicts(config: Config) -> list[str]:
     sparse = head.kind == "fixed_fan_in"
     if sparse and head.intermediate and head.fan_in > head.intermediate:
         wrong.append(
-            f"head.fan_in: {head.fan_in} is above the {head.intermediate} features of head.intermediate; lower the one or raise the other"
+            f"head.fan_in: {head.fan_in} is above the {head.intermediate} features of "
+            "head.intermediate; lower the one or raise the other"
         )
     if not sparse and rewiring.method != "none":
         wrong.append(
-            f"rewiring.method: {rewiring.method} needs head.kind fixed_fan_in, but it is {head.kind}; set rewiring.method to none"
+            f"rewiring.method: {rewiring.method} needs head.kind fixed_fan_in, but it is {head.kind}; "
+            "set rewiring.method to none"
         )
     if not sparse and head.group != 1:
         wrong.append(f"head.group: {head.group} is for head.kind fixed_fan_in, but it is {head.kind}; set head.group to 1")

@@ -57,6 +57,8 @@ class Head(nn.Module):
     """
 
     bias: Tensor
+    momentum: Tensor | None
+    bias_momentum: Tensor | None
 
     def __init__(self, labels: int, width: int, loss: str = "bce") -> None:
         super().__init__()
@@ -228,6 +230,7 @@ class Bottleneck(Dense):
     """A dense head of rank R: z = W (P x) + b, the dense rival of the same memory as a sparse one."""
 
     projection: Tensor
+    projection_momentum: Tensor | None
 
     def __init__(self, labels: int, width: int, rank: int, loss: str = "bce", generator: torch.Generator | None = None) -> None:
         if rank > width:

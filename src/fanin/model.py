@@ -26,7 +26,6 @@ from fanin.encoder import Encoder
 from fanin.files import InputError, atomic_path, read_json
 from fanin.heads import Head, build_head
 
-
 _CPU_TOKENS = 768  # padded tokens encoded at once: beyond it, activations leave the cache
 
 
@@ -41,6 +40,7 @@ class Classifier(nn.Module):
         self, config: Config, encoder: Encoder, intermediate: nn.Linear | None, head: Head, order: Tensor | None
     ) -> None:
         super().__init__()
+        self.order: Tensor | None
         self.config, self.encoder, self.intermediate, self.head = config, encoder, intermediate, head
         self.register_buffer("order", order)
         self.precision = torch.float32
@@ -72,7 +72,7 @@ class Classifier(nn.Module):
         if config.head.group > 1:
             if order is None:
                 raise InputError(
-                    "head.group: labels that share features need the label order of the clusters stage; run it (dvc repro clusters)"
+                    "head.group: labels that share features need the order of the clusters stage; run it (dvc repro clusters)"
                 )
             rows = torch.from_numpy(np.array(order, dtype=np.int32))
         return cls(config, encoder, intermediate, head, rows)
@@ -131,7 +131,7 @@ class Classifier(nn.Module):
         return ids.to(self.device), mask.to(self.device)
 
     def load_start(self, path: Path) -> None:
-        """Take the head and the intermediate layer from what the start stage wrote; keep the random ones where it holds none."""
+        """Take head and intermediate layer from what the start stage wrote; keep the random ones where it holds none."""
         state = _tensors(path)
         if state:
             self._load_layers(state, str(path))

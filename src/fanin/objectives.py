@@ -60,6 +60,8 @@ class AuxiliaryObjective(nn.Module):
     Source: "Navigating Extremes: Dynamic Sparsity in Large Output Spaces", NeurIPS 2024 (arXiv 2411.03171), section 3.
     """
 
+    meta: Tensor
+
     def __init__(self, width: int, meta: Tensor, weight: float, cutoff_step: int) -> None:
         """meta [L] int64: the meta-label of each row of the head."""
         super().__init__()

@@ -9,7 +9,7 @@ from torch import nn
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Factor on a learning rate at optimiser step `step` (from 0): linear over `warmup` steps, then a cosine to 0 at `total`."""
+    """Factor on a learning rate at optimiser step `step` from 0: linear over `warmup` steps, then a cosine to 0 at `total`."""
     if step < warmup:
         return (step + 1) / warmup
     if step >= total:

@@ -149,7 +149,7 @@ def _feature_use(classifier: Classifier) -> list[int] | None:
 
 def _moved(classifier: Classifier, before: torch.Tensor | None) -> float | None:
     """The share of index entries that read a feature which their row did not read at the start."""
-    if before is None:
+    if before is None or not isinstance(classifier.head, FixedFanIn):
         return None
     new, rows = 0, 4096
     after = classifier.head.index.cpu()
