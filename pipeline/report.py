@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fanin.config import Config
-from fanin.reporting import OUTS, write_report
+from fanin.reporting.page import OUTS, write_report
 from fanin.stage import run_stage
 from fanin.tracking import Run
 

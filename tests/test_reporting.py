@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fanin import figures, plots
 from fanin.config import Config
 from fanin.files import InputError
-from fanin.records import STAGES, Records
-from fanin.reporting import duration, head_in_words, settings, size, write_report
+from fanin.reporting import figures, plots
+from fanin.reporting.page import duration, head_in_words, settings, size, write_report
+from fanin.reporting.records import STAGES, Records
 
 LABELS, FEATURES, FAN_IN = 300, 96, 8
 EVIL = '<script>alert("x")</script> & <img src="http://evil.example/x.png" onerror=alert(1)>'

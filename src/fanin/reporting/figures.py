@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fanin.plots import Axis, Chart, Series, column_chart, compact, line_chart, thin
+from fanin.reporting.plots import Axis, Chart, Series, column_chart, compact, line_chart, thin
 
 Table = Mapping[str, Sequence[float | None]]  # a CSV's columns; None: an empty cell
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fanin import figures
 from fanin.config import Config
-from fanin.records import Records
+from fanin.reporting import figures
+from fanin.reporting.records import Records
 
 EXAMPLES = 10
 SAMPLE = 7  # their draw: not the run's seed, so that two runs show the same documents

@@ -12,10 +12,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Undefined, UndefinedError
 
-from fanin import provenance, sections
+from fanin import provenance
 from fanin.config import Config
 from fanin.files import InputError, atomic_path, write_json
-from fanin.records import Records
+from fanin.reporting import sections
+from fanin.reporting.records import Records
 
 OUTS = ("reports/run.json", "reports/report.html")
 HEADLINE = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5")
@@ -73,7 +74,11 @@ def summary(records: Records, config: Config) -> dict[str, Any]:
 def render(records: Records, config: Config, run: Mapping[str, Any]) -> str:
     """The page as one HTML string without a reference to any other file. run: `summary`'s result."""
     environment = Environment(
-        loader=PackageLoader("fanin"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("fanin.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     filters = {"bytes": size, "duration": duration, "figure": figure, "count": count, "times": times, "setting": setting}
     environment.filters |= {name: _strict(function) for name, function in filters.items()}
