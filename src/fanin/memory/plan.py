@@ -136,8 +136,8 @@ class Plan:
     """The predicted memory of a training step, in bytes.
 
     encoder: weights of the encoder and the intermediate layer; encoder_optimizer: their two moments; head_weights: with
-    biases (and the bottleneck's projection); auxiliary: that branch with its moments. baseline: the process (or on CUDA
-    the libraries' workspaces) before anything is built, as measured; 0 where unknown.
+    biases (and the bottleneck's projection); other: the auxiliary branch with its moments, and the label order of groups.
+    baseline: the process (or on CUDA the libraries' workspaces) before anything is built, as measured; 0 where unknown.
     """
 
     baseline: int
@@ -146,14 +146,14 @@ class Plan:
     head_weights: int
     indices: int
     head_optimizer: int
-    auxiliary: int
+    other: int
     phases: dict[str, Phase] = field(default_factory=dict)
 
     @property
     def resident(self) -> int:
         """What stays from step to step."""
         own = self.encoder + self.encoder_optimizer + self.head_weights + self.indices + self.head_optimizer
-        return self.baseline + own + self.auxiliary
+        return self.baseline + own + self.other
 
     @property
     def phase(self) -> str:
@@ -165,10 +165,10 @@ class Plan:
         return self.resident + self.phases[self.phase].total
 
     def parts(self) -> dict[str, int]:
-        """Bytes by part at the peak; they sum to it. buffers: gradients, temporaries and the auxiliary branch."""
+        """Bytes by part at the peak; they sum to it. buffers: gradients, temporaries and `other`."""
         at_peak = self.phases[self.phase]
         sizes = {name: getattr(self, name) for name in PARTS if name not in ("activations", "buffers")}
-        buffers = at_peak.gradients + at_peak.temporaries + self.auxiliary
+        buffers = at_peak.gradients + at_peak.temporaries + self.other
         sizes |= {"activations": at_peak.activations, "buffers": buffers}
         return {name: sizes[name] for name in PARTS}
 
@@ -201,6 +201,7 @@ def predict(
     tail = embedding + _FLOAT * batch * features * (2 if head.activation == "relu" and head.intermediate else 1)
     activations = encoder.saved(batch, tokens, device, precision) + tail
     forward, backward = encoder.temporaries(batch, tokens, device, precision)
+    order = 0 if head.group == 1 else 12 if device == "cpu" else 4  # int32, and its inverse as int64 on the host
     branch = 2 * _FLOAT * batch * meta  # targets and logits
     waiting = _FLOAT * trained if config.train.accumulation > 1 else 0  # gradients of earlier micro-batches
     gradients = _FLOAT * (trained + meta * (width + 1))
@@ -226,7 +227,7 @@ def predict(
         head_weights=sizes["weights"] + sizes["bias"],
         indices=sizes["indices"],
         head_optimizer=sizes["optimizer"],
-        auxiliary=3 * _FLOAT * meta * (width + 1) + (8 * labels if meta else 0),
+        other=3 * _FLOAT * meta * (width + 1) + labels * ((8 if meta else 0) + order),
         phases=phases,
     )
 
