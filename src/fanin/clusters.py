@@ -127,21 +127,22 @@ def _two_means(x: Tensor, limits: Tensor, left: Tensor, generator: torch.Generat
     """
     sizes = limits.diff()
     node = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    place = torch.arange(len(x))
-    goes_left = place - limits[node] < left[node]
+    place = torch.arange(len(x)) - limits[node]
+    goes_left, stays = place < left[node], left[node] == 0
+    bags = torch.cumsum(left, 0) - left  # where each node's left rows begin among all left rows
     seed = limits[:-1] + (torch.rand(len(sizes), generator=generator) * sizes).long().clamp_max(sizes - 1)
-    total = torch.zeros(len(sizes), x.shape[1]).index_add_(0, node, x)
+    total = F.embedding_bag(torch.arange(len(x)), x, limits[:-1], mode="sum")
     direction = F.normalize(x[seed] - total / sizes[:, None], dim=1)
-    order = place
+    order = torch.arange(len(x))
     for _ in range(ITERATIONS):
-        score = torch.linalg.vecdot(x, direction[node])
-        score = torch.where(left[node] > 0, score, -(place - limits[node]).to(score))
+        score = torch.cat([rows @ way for rows, way in zip(x.split(sizes.tolist()), direction, strict=True)])
+        score = torch.where(stays, -place.to(score), score)
         by_score = torch.argsort(score, descending=True, stable=True)
         new = by_score[torch.argsort(node[by_score], stable=True)]
         if torch.equal(new, order):
             break
         order = new
-        lefts = torch.zeros_like(total).index_add_(0, node[goes_left], x[order[goes_left]])
+        lefts = F.embedding_bag(order[goes_left], x, bags, mode="sum")
         direction = F.normalize(F.normalize(lefts, dim=1) - F.normalize(total - lefts, dim=1), dim=1)
     return order, direction
 
