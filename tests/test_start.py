@@ -393,6 +393,31 @@ def test_bottleneck_above_the_directions_is_an_error(corpus, tmp_path, intermedi
         build_start(settings("bottleneck", intermediate, bottleneck=17), *corpus.inputs, tmp_path / "start")
 
 
+def test_a_label_on_every_document_stays_near_its_prior(tmp_path):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(200, 8)).astype(np.float16)
+    lists = [sorted({0, int(label)}) for label in rng.integers(1, 10, 200)]
+    documents, validation = np.arange(180), np.arange(180, 200)
+    tokens, embedded = write_corpus(
+        tmp_path, lists, vectors, documents=documents, validation=validation, label_count=10
+    )
+    config = settings("dense", 0)
+    build_start(config, tokens, embedded, tmp_path, tmp_path / "start")
+    state = load_file(tmp_path / "start/head.safetensors")
+    made = torch.from_numpy(vectors.astype(np.float32)) @ state["weight"][0] + state["bias"][0]
+    # its centroid is the mean itself: scaled to the full lift, its row would be noise a thousand times as large
+    assert made.std() < 3 * config.start.lift
+    assert abs(float(made.mean()) - np.log(180.5 / 180)) < 1
+
+
+def test_a_device_that_is_not_there_is_an_error(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = settings()
+    config.train.device = "cuda"
+    with pytest.raises(InputError, match=r"train\.device: cuda"):
+        build_start(config, *corpus.inputs, tmp_path / "start")
+
+
 @pytest.mark.parametrize(
     ("order", "message"),
     [

@@ -29,7 +29,7 @@ RIDGE = 0.05  # of the covariance, in mean eigenvalues
 SAMPLE = 32768  # labels that a dictionary is learnt from
 CHUNK = 4096  # labels worked on at once
 SCORES = 2**24  # scores of validation documents held at once
-NEAREST = 0.1  # the least distance along its row, in standard deviations, to which a label's own documents are scaled
+NEAREST = 0.5  # own documents nearer to the mean than this, in standard deviations, are lifted less: that is noise
 CUTOFFS = (1, 3, 5)
 
 
@@ -93,7 +93,8 @@ def start_from_data(
         unit = F.normalize(target, dim=1)
         expressed = form.express(unit)
         error += float((unit - expressed.fitted).square().sum(dtype=torch.float64))
-        scale = lift / torch.linalg.vecdot(expressed.fitted, target).clamp_min(NEAREST)
+        nearest = NEAREST * expressed.fitted.norm(dim=1).clamp_min(1e-6)
+        scale = lift / torch.linalg.vecdot(expressed.fitted, target).maximum(nearest)
         expressed = expressed._replace(
             weight=expressed.weight * scale[:, None], fitted=expressed.fitted * scale[:, None]
         )
@@ -237,4 +238,6 @@ def _order(path: Path, labels: int, group: int) -> np.ndarray:
 def _device(setting: str) -> torch.device:
     if setting == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if setting.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"train.device: {setting} was asked for, but torch sees no CUDA device; set it to auto or cpu")
     return torch.device(setting)
