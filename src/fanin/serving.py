@@ -5,14 +5,14 @@ Imports mlflow: only the sender, a model server and whoever loads the model get 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
+from mlflow.models import Model
+from mlflow.models.utils import _save_example
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.pyfunc import save_model as save_pyfunc
 from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -22,22 +22,16 @@ if TYPE_CHECKING:
 
 DEFAULT_K = 5
 BATCH = 64  # texts at a time
-_FOLDER = "model"  # of the artifacts
+_FOLDER = "classifier"  # of the artifacts
 
-# From type hints MLflow would infer a signature, and for that load the whole model while logging it: so predict has none.
-warnings.filterwarnings("ignore", message=".*[Tt]ype hint", category=UserWarning)
-
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.string)]),  # one column without a name: a plain list of texts will do
-    outputs=Schema(
-        [
-            ColSpec(Array(DataType.long), "ids"),
-            ColSpec(Array(DataType.string), "labels"),
-            ColSpec(Array(DataType.double), "scores"),
-        ]
-    ),
-    params=ParamSchema([ParamSpec("k", DataType.long, DEFAULT_K)]),
+OUTPUTS = Schema(
+    [
+        ColSpec(Array(DataType.long), "ids"),
+        ColSpec(Array(DataType.string), "labels"),
+        ColSpec(Array(DataType.double), "scores"),
+    ]
 )
+PARAMS = ParamSchema([ParamSpec("k", DataType.long, DEFAULT_K)])
 
 
 class TextClassifier(PythonModel):
@@ -58,8 +52,11 @@ class TextClassifier(PythonModel):
             raise MlflowException(f"{context.artifacts[_FOLDER]} holds no label texts")
         self.names = self.classifier.label_texts
 
-    def predict(self, context, model_input, params=None):
-        """Rank labels for texts (a list, a column, a frame of one column).
+    # list[str] is also MLflow's schema: it takes a list, a column or a frame of one, and refuses what is not a string
+    def predict(
+        self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """Rank labels for texts, a row each.
 
         Raises MlflowException (HTTP status 400 from a server) naming the row that is not a text or is empty, or the
         range of k.
@@ -74,19 +71,14 @@ class TextClassifier(PythonModel):
         return pd.DataFrame(rows, columns=["ids", "labels", "scores"])
 
 
-def check_texts(given: Any) -> list[str]:
-    """The texts of a request. Raises MlflowException naming the first row that is not a text or is empty."""
-    if isinstance(given, pd.DataFrame):
-        if given.shape[1] != 1:
-            raise _bad(f"expected one column of texts, found {given.shape[1]}")
-        given = given.iloc[:, 0]
-    texts = [given] if isinstance(given, str) else list(given)
+def check_texts(texts: Sequence[str]) -> list[str]:
+    """The texts of a request. Raises MlflowException naming the first one that is not a string or is empty."""
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise _bad(f"text {row}: expected a string, found {type(text).__name__}")
         if not text.strip():
             raise _bad(f"text {row} is empty; send at least one word")
-    return texts
+    return list(texts)
 
 
 def check_k(given: Any, labels: int) -> int:
@@ -114,7 +106,7 @@ def save_model(
     data: the models/ folder; code: the `fanin` package to pack; examples: texts kept as the input example;
     requirements: pinned pip requirements; model, run_id: what the MLmodel file names as its origin.
     """
-    description = None
+    description = Model()
     if model is not None:
         description = Model(
             artifact_path=model.artifact_location, model_uuid=model.model_id, run_id=run_id, model_id=model.model_id
@@ -125,7 +117,12 @@ def save_model(
         python_model=str(code / "mlflow_model.py"),
         artifacts={_FOLDER: str(data)},
         code_paths=[str(code)],
-        signature=SIGNATURE,
-        input_example=(list(examples) or ["a text to label"], {"k": DEFAULT_K}),
         pip_requirements=list(requirements),
     )
+    # Given the example, MLflow would load the model and run it to learn of outputs and params: they are known
+    signature = description.signature
+    if signature is None:
+        raise MlflowException(f"{code / 'mlflow_model.py'}: MLflow found no type hints")
+    signature.outputs, signature.params = OUTPUTS, PARAMS
+    _save_example(description, (list(examples) or ["a text to label"], {"k": DEFAULT_K}), str(target))
+    description.save(str(target / "MLmodel"))

