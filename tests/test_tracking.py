@@ -108,6 +108,20 @@ def test_a_lost_server_gets_everything_again(store: Path, monkeypatch: pytest.Mo
     assert set(runs_of(store)) == {pipeline.key, f"{pipeline.key}/train"}
 
 
+def test_a_server_that_has_moved_gets_everything(store: Path, monkeypatch: pytest.MonkeyPatch, database: Path) -> None:
+    pipeline = pipeline_of()
+    stage_of(monkeypatch, pipeline, "train").end("FINISHED")
+    pipelines.close_pipeline(Outbox(), pipeline)
+    assert main(["sync"]) == 0
+    shutil.copy(database, store / "other.db")
+    assert main(["sync", "--again", "--to", "sqlite:///other.db"]) == 0
+    runs = connect(Outbox(), f"sqlite:///{store}/other.db").search_runs(["1"])
+    assert {(run.data.tags["fanin.key"], run.info.status) for run in runs} == {
+        (pipeline.key, "FINISHED"),
+        (f"{pipeline.key}/train", "FINISHED"),
+    }
+
+
 def test_an_entry_that_is_refused_keeps_no_other_back(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = pipeline_of()
     run = stage_of(monkeypatch, pipeline, "train")

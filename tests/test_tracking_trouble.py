@@ -86,6 +86,14 @@ def test_a_database_that_is_not_one_is_a_server_in_trouble(project: Path, monkey
     assert len(Outbox().pipelines()) == 1
 
 
+def test_an_experiment_made_through_a_server_is_left_to_it(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client_of(store).create_experiment("fanin", artifact_location="mlflow-artifacts:/1")
+    stage_of(monkeypatch, pipeline_of(), "train").end("FINISHED")
+    (problem,) = Mirror(Outbox()).flush().problems
+    assert "experiment 'fanin' was made through a server" in problem
+    assert len(Outbox().pipelines()) == 1
+
+
 def wrap(project: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fanin.tracking", "run", "--", *words]
     return subprocess.Popen(command, cwd=project, env=os.environ | environment, stdout=subprocess.PIPE, text=True)

@@ -108,6 +108,11 @@ class Mirror:
                     found = client.get_experiment_by_name(name)
                     if found is None:
                         raise
+            if uri.startswith("sqlite:") and found.artifact_location.startswith("mlflow-artifacts:"):
+                raise Unreachable(
+                    f"experiment '{name}' was made through a server, which alone can store its artifacts; "
+                    "set MLFLOW_TRACKING_URI to that server, or tracking.experiment to another name"
+                )
             if found.lifecycle_stage == "deleted":
                 client.restore_experiment(found.experiment_id)
             self._experiments[uri, name] = found.experiment_id

@@ -100,6 +100,16 @@ def _text_artifact(pipeline: Journal, name: str, text: str, folder: str) -> None
         pipeline.artifact(Path(place) / name, folder)
 
 
+def redirect_pipeline(outbox: Outbox, pipeline: Journal, uri: str) -> None:
+    """Let another store have the pipeline run, from its beginning."""
+    description = pipeline.last("describe")
+    if description is None or description["uri"] == uri:
+        return
+    pipeline.append("describe", name=description["name"], experiment=description["experiment"], uri=uri)
+    for journal in (pipeline, *outbox.stages(pipeline)):
+        journal.save_state({})
+
+
 def record_dataset(pipeline: Journal, corpus: dict[str, Any]) -> None:
     """Name the data set as an input of the pipeline run, once."""
     if pipeline.last("dataset") is None:

@@ -10,21 +10,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from types import FrameType
 
 import psutil
 
 from fanin.config import load_config
 from fanin.files import InputError, read_json, write_json
 from fanin.mirror import Mirror, Summary
-from fanin.outbox import Journal, Outbox
+from fanin.outbox import SENT, Journal, Outbox
 from fanin.owner import Owner
-from fanin.pipelines import PARENT_VARIABLE, close_pipeline, describe_pipeline, open_pipeline
+from fanin.pipelines import PARENT_VARIABLE, close_pipeline, describe_pipeline, open_pipeline, redirect_pipeline
+from fanin.store import store_uri
 
 MODE_VARIABLE = "FANIN_TRACKING"  # offline: journals only, nothing is sent until `sync`; off: nothing is written
 
 LIVE_SECONDS = 15.0  # how old a live curve may be
 LAST_TRIES = 3  # of a server that does not answer, once no run is open
 WAIT_SECONDS = 10.0  # that the wrapper gives the sender after the command's end
+IMPATIENT_SECONDS = 2.0  # the same after a Ctrl-C
 LOG_BYTES = 2**20
 
 
@@ -115,11 +118,17 @@ def _note(outbox: Outbox, summary: Summary) -> None:
         logging.warning("not sent: %s", problem)
 
 
-def sync(*, again: bool = False) -> int:
-    """Close what is dead, send what waits, say what became of it. Exit code 1 where something still waits."""
+def sync(*, again: bool = False, to: str | None = None) -> int:
+    """Close what is dead, send what waits, say what became of it. Exit code 1 where something still waits.
+
+    again: also what was sent before. to: the address of a store that gets it, whatever the runs named.
+    """
     outbox = Outbox()
     if again:
         outbox.unarchive()
+    if to is not None:
+        for pipeline in outbox.pipelines():
+            redirect_pipeline(outbox, pipeline, to)
     open_pipelines(outbox)
     summary = Mirror(outbox).flush()
     left = [pipeline.key for pipeline in outbox.pipelines() if pipeline.end() is not None]
@@ -144,6 +153,17 @@ def wrap(words: Sequence[str]) -> int:
     environment = os.environ | {"FANIN_ROOT": str(outbox.root)} | ({PARENT_VARIABLE: pipeline.key} if pipeline else {})
     lock = outbox.root / "dvc.lock"
     before = lock.read_bytes() if lock.exists() else b""
+    # Ctrl-C reaches the command from the terminal; SIGTERM is passed to the stage, whose end lets dvc end
+    signals: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        if number == signal.SIGTERM and process is not None:
+            _terminate(outbox, pipeline, process)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         process = subprocess.Popen(words, env=environment)
     except OSError as error:
@@ -151,12 +171,13 @@ def wrap(words: Sequence[str]) -> int:
         if pipeline:
             shutil.rmtree(pipeline.folder, ignore_errors=True)
         return 127
-    # Ctrl-C reaches the command from the terminal; SIGTERM is passed to the stage, whose end lets dvc end
-    signal.signal(signal.SIGINT, lambda number, frame: None)
-    signal.signal(signal.SIGTERM, lambda number, frame: _terminate(outbox, pipeline, process))
+    if signal.SIGTERM in signals:  # it came before there was anything to pass it to
+        process.terminate()
     code = process.wait()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if pipeline is not None:
-        _finish(outbox, pipeline, code, changed=before != (lock.read_bytes() if lock.exists() else b""))
+        changed = before != (lock.read_bytes() if lock.exists() else b"")
+        _finish(outbox, pipeline, code, changed=changed, patience=IMPATIENT_SECONDS if signals else WAIT_SECONDS)
     return code if code >= 0 else 128 - code
 
 
@@ -181,7 +202,7 @@ def experiment_name(words: Sequence[str]) -> str | None:
     return None
 
 
-def _finish(outbox: Outbox, pipeline: Journal, code: int, *, changed: bool) -> None:
+def _finish(outbox: Outbox, pipeline: Journal, code: int, *, changed: bool, patience: float) -> None:
     if not changed and not outbox.stages(pipeline):  # nothing ran
         shutil.rmtree(pipeline.folder, ignore_errors=True)
         return
@@ -201,23 +222,27 @@ def _finish(outbox: Outbox, pipeline: Journal, code: int, *, changed: bool) -> N
     if os.environ.get(MODE_VARIABLE) == "offline":
         print(f"tracking: run '{name}' is in {pipeline.folder}; `make sync` sends it")
         return
-    print(f"tracking: {_wait(outbox, pipeline, name)}")
+    try:
+        outcome = _wait(outbox, pipeline, name, patience)
+    except KeyboardInterrupt:
+        outcome = f"run '{name}' is being sent in the background"
+    print(f"tracking: {outcome}")
 
 
-def _wait(outbox: Outbox, pipeline: Journal, name: str) -> str:
+def _wait(outbox: Outbox, pipeline: Journal, name: str, patience: float) -> str:
     began = time.time()
     ensure_sender(outbox)
     status = outbox.folder / ".status.json"
-    while time.time() - began < WAIT_SECONDS:
+    uri = pipeline.state().get("uri") or store_uri(outbox, (pipeline.last("describe") or {}).get("uri"))
+    while time.time() - began < patience:
         if not pipeline.folder.exists():
-            state = Journal(outbox.folder / "sent" / pipeline.folder.name).state()
-            uri = str(state.get("uri"))
+            state = Journal(outbox.folder / SENT / pipeline.folder.name).state()
             place = "`make ui` shows it"
             if uri.startswith("http"):
                 place = f"{uri.rstrip('/')}/#/experiments/{state['experiment']}/runs/{state['run_id']}"
             return f"run '{name}' is in MLflow: {place}"
         if status.exists() and status.stat().st_mtime > began:
-            problems = read_json(status)["problems"]
+            problems = [problem for problem in read_json(status)["problems"] if problem.startswith(f"{uri}: ")]
             if problems:
                 return f"run '{name}' waits in {pipeline.folder}, no answer from {problems[0]}; `make sync` sends it"
         time.sleep(0.2)

@@ -166,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     around.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     resend = commands.add_parser("sync", help="send what the tracking server does not have yet")
     resend.add_argument("--again", action="store_true", help="also what was sent before, to a server that lost it or a new one")
+    resend.add_argument("--to", metavar="URI", help="send to this store, whatever the runs named (a server that has moved)")
     page = commands.add_parser("ui", help="the MLflow UI on the project's store")
     page.add_argument("--port", type=int, default=ui.DEFAULT_PORT, help="the next free one is taken where it is in use")
     commands.add_parser("send", help="send in the background until all open runs have ended (started by stages)")
@@ -176,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("run: a command is missing, for example: run -- dvc repro")
         return wrap(words)
     if options.command == "sync":
-        return sync(again=options.again)
+        return sync(again=options.again, to=options.to)
     if options.command == "ui":
         return ui.serve(options.port)
     return send_loop()
