@@ -21,8 +21,9 @@ import pytest
 from fanin import pipelines
 from fanin.compare import find_runs, report
 from fanin.config import Config, load_config
+from fanin.delivery import metric_name
 from fanin.files import InputError
-from fanin.mirror import Mirror, metric_name
+from fanin.mirror import Mirror
 from fanin.outbox import Outbox
 from fanin.owner import Owner
 from fanin.store import connect, store_uri
@@ -106,6 +107,36 @@ def test_a_lost_server_gets_everything_again(store: Path, monkeypatch: pytest.Mo
     assert client_of(store).get_experiment_by_name("fanin") is None
     assert main(["sync", "--again"]) == 0
     assert set(runs_of(store)) == {pipeline.key, f"{pipeline.key}/train"}
+
+
+def test_a_store_that_is_lost_during_a_run_gets_it_from_the_beginning(
+    store: Path, monkeypatch: pytest.MonkeyPatch, database: Path
+) -> None:
+    pipeline = pipeline_of()
+    run = stage_of(monkeypatch, pipeline, "train")
+    run.metrics({"loss": 2.0}, 1)
+    assert Mirror(Outbox()).flush().problems == []
+    shutil.copy(database, store / "mlflow.db")
+    run.metrics({"loss": 1.0}, 2)
+    run.end("FINISHED")
+    pipelines.close_pipeline(Outbox(), pipeline)
+    assert Mirror(Outbox()).flush().runs == [pipeline.key]
+    train = runs_of(store)[f"{pipeline.key}/train"]
+    curve = client_of(store).get_metric_history(train.info.run_id, "loss")
+    assert sorted((point.step, point.value) for point in curve) == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_run_in_trouble_does_not_hold_up_the_next(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = pipeline_of(), pipeline_of(Owner(DEAD.host, DEAD.pid, 2.0))
+    for pipeline in (first, second):
+        stage_of(monkeypatch, pipeline, "train").end("FINISHED")
+        pipelines.close_pipeline(Outbox(), pipeline)
+    (journal,) = Outbox.stages(first)
+    with open(journal.path, "a") as file:
+        file.write('{"event": "metrics", "time": 1, "values": 7}\n')  # damaged
+    summary = Mirror(Outbox()).flush()
+    assert summary.runs == [second.key]
+    assert first.key in summary.problems[0]
 
 
 def test_a_server_that_has_moved_gets_everything(store: Path, monkeypatch: pytest.MonkeyPatch, database: Path) -> None:
@@ -246,4 +277,4 @@ def test_compare(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compare_link_is_what_the_ui_reads() -> None:
     link = compare_link("http://127.0.0.1:5000/", ["1"], ["a", "b"])
-    assert urllib.parse.unquote_plus(link) == 'http://127.0.0.1:5000/#/compare-runs?runs=["a", "b"]&experiments=["1"]'
+    assert urllib.parse.unquote_plus(link) == 'http://127.0.0.1:5000/#/compare-runs?runs=["a","b"]&experiments=["1"]'

@@ -72,7 +72,7 @@ def check_waits(address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert main(["sync"]) == 1
     assert time.monotonic() - began < 10
     err = capsys.readouterr().err
-    assert f"no answer from {address}" in err
+    assert f"not sent to {address}" in err
     assert reason in err
     assert "3 run(s) wait" in err
     assert len(Outbox().pipelines()) == 3

@@ -134,7 +134,7 @@ def sync(*, again: bool = False, to: str | None = None) -> int:
     left = [pipeline.key for pipeline in outbox.pipelines() if pipeline.end() is not None]
     print(f"tracking: {len(summary.runs)} pipeline run(s) sent in full, {summary.events} new events")
     for problem in summary.problems:
-        print(f"tracking: no answer from {problem}", file=sys.stderr)
+        print(f"tracking: not sent to {problem}", file=sys.stderr)
     if left:
         advice = "repeat `make sync` when the server is back"
         print(f"tracking: {len(left)} run(s) wait in {outbox.folder}; {advice}", file=sys.stderr)
@@ -244,6 +244,6 @@ def _wait(outbox: Outbox, pipeline: Journal, name: str, patience: float) -> str:
         if status.exists() and status.stat().st_mtime > began:
             problems = [problem for problem in read_json(status)["problems"] if problem.startswith(f"{uri}: ")]
             if problems:
-                return f"run '{name}' waits in {pipeline.folder}, no answer from {problems[0]}; `make sync` sends it"
+                return f"run '{name}' waits in {pipeline.folder}, not sent to {problems[0]}; `make sync` sends it"
         time.sleep(0.2)
     return f"run '{name}' is still being sent in the background from {pipeline.folder}"

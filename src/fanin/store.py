@@ -7,8 +7,9 @@ import os
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fanin.config import load_config
 from fanin.files import InputError
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PROBE_SECONDS = 3.0
+# what MLflow answers to a request that will never succeed: passed over, for it would block all that follows
+_HOPELESS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
+T = TypeVar("T")
 
 
 class Unreachable(Exception):
@@ -95,3 +99,19 @@ def connect(outbox: Outbox, uri: str) -> MlflowClient:
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     return client
+
+
+def guarded(action: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    """Run a request; raise Unreachable unless its failure is the request's own fault."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return action(*arguments, **named)
+    except (Unreachable, FileNotFoundError):
+        raise
+    except MlflowException as error:
+        if error.error_code in _HOPELESS:
+            raise
+        raise Unreachable(error.message) from error
+    except Exception as error:  # whatever the layers below raise: requests, sqlalchemy, botocore, a full disk
+        raise Unreachable(f"{type(error).__name__}: {error}") from error

@@ -22,7 +22,8 @@ START_SECONDS = 90.0
 
 def compare_link(address: str, experiments: Sequence[str], runs: Sequence[str]) -> str:
     """Address of the page that shows runs side by side."""
-    query = urllib.parse.urlencode({"runs": json.dumps(list(runs)), "experiments": json.dumps(list(experiments))})
+    lists = {"runs": list(runs), "experiments": list(experiments)}
+    query = urllib.parse.urlencode({name: json.dumps(ids, separators=(",", ":")) for name, ids in lists.items()})
     return f"{address.rstrip('/')}/#/compare-runs?{query}"
 
 
