@@ -92,8 +92,9 @@ class Mirror:
             found = client.get_experiment_by_name(name)
             if found is None:
                 place = (self.outbox.root / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+                kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens it as training, not as GenAI
                 try:
-                    found = client.get_experiment(client.create_experiment(name, artifact_location=place))
+                    found = client.get_experiment(client.create_experiment(name, place, kind))
                 except Exception:  # another process was faster
                     found = client.get_experiment_by_name(name)
                     if found is None:
