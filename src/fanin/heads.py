@@ -95,7 +95,7 @@ class Head(nn.Module):
         """Forward, backward and update in one pass over the labels.
 
         x [B, D'] float32 -> (dx [B, D'], summed loss [] or None). The loss is summed over labels and documents;
-        `scale` multiplies the gradient that updates the head, not dx. dx is taken with the weights from before the update.
+        `scale` multiplies the gradient that updates the head, not dx (1 / B makes the update that of a mean). dx is taken with the weights from before the update.
         """
         update = Update(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=scale)
         xt = x.detach().t().contiguous()

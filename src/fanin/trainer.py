@@ -171,13 +171,13 @@ class Trainer:
 
     def _train_step(self, stream: Iterator[Batch]) -> dict[str, float]:
         settings, classifier, auxiliary = self.settings, self.classifier, self.auxiliary
-        share = 1 / settings.accumulation
         factor = warmup_cosine(self.step, settings.warmup, self.total)
         coefficient = auxiliary.coefficient(self.step) if auxiliary is not None else 0.0
         logged = (self.step + 1) % settings.log_every == 0 or self.step + 1 == self.total
         main_loss, meta_loss, documents = 0.0, 0.0, 0
         for _ in range(settings.accumulation):
             batch = next(stream)
+            share = 1 / (settings.accumulation * len(batch.rows))  # the loss is a mean over documents
             positives = batch.positives.to(classifier.device)
             embedding = classifier.embed(batch.ids.to(classifier.device), batch.mask.to(classifier.device))
             features = classifier.project(embedding)
