@@ -63,7 +63,8 @@ class Run:
         pipeline = find_pipeline(outbox)
         name = describe_pipeline(pipeline, config)
         if name is not None and os.environ.get(PARENT_VARIABLE) is None:  # the wrapper has its own line, at the end
-            print(f"tracking: this is run '{name}'; `make ui` shows it", file=sys.stderr)
+            advice = "`make sync` sends it" if os.environ.get(MODE_VARIABLE) == "offline" else "`make ui` shows it"
+            print(f"tracking: this is run '{name}'; {advice}", file=sys.stderr)
         record_stage_hashes(outbox, pipeline)
         journal = outbox.new_stage(pipeline, stage)
         journal.append("start", stage=stage, owner=dataclasses.asdict(Owner.this()), workspace=str(Path.cwd()))
