@@ -59,9 +59,7 @@ def _all(folder: Path) -> list[Path]:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state as flat tensors; its groups are rebuilt from the settings."""
     state = optimizer.state_dict()["state"]
-    return {
-        f"{place}.{name}": torch.as_tensor(value) for place, entry in state.items() for name, value in entry.items()
-    }
+    return {f"{place}.{name}": torch.as_tensor(value) for place, entry in state.items() for name, value in entry.items()}
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -27,9 +27,7 @@ SUBTREE = 16384  # rows held in memory at once; larger nodes are split from a sa
 ITERATIONS = 8  # of each balanced 2-means
 
 
-def build_clusters(
-    config: Config, tokens_folder: str | Path, embeddings_folder: str | Path, out: str | Path
-) -> dict[str, Any]:
+def build_clusters(config: Config, tokens_folder: str | Path, embeddings_folder: str | Path, out: str | Path) -> dict[str, Any]:
     """Write meta.npy [L] int32, order.npy [L] int32 and clusters.json to `out`; return clusters.json's content.
 
     Labels without an embedded document have no centroid: they come last in the order, by id, and fill the last clusters.
@@ -108,8 +106,7 @@ def _grow(x: Tensor, begin: int, bounds: np.ndarray, generator: torch.Generator)
     edges = [0, len(x)]
     while True:
         middles = [
-            _cut(begin + low, begin + high, bounds) - begin if high - low > LEAF else low
-            for low, high in pairwise(edges)
+            _cut(begin + low, begin + high, bounds) - begin if high - low > LEAF else low for low, high in pairwise(edges)
         ]
         if middles == edges[:-1]:
             return order

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fanin.config import Config
 from fanin.data.batches import collate, split
 from fanin.data.tokens import TokenSet
+from fanin.devices import choose_device
 from fanin.encoder import Encoder, choose_precision
 from fanin.files import InputError, atomic_path, read_json, write_json
 
@@ -112,9 +113,7 @@ def embed_corpus(
     train_rows = np.concatenate([train_rows, np.arange(own, len(tokens))])
     chosen = choose_documents(tokens, train_rows, config.encoder.embed_documents, about["labels"], config.seed)
 
-    device = config.train.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(config.train.device)
     settings = config.encoder
     encoder = Encoder.load(settings.name, settings.pooling, settings.layers, settings.dropout).to(device)
     how: dict[str, Any] = {"pad_id": about["pad_id"], "precision": choose_precision(config.train.precision, device)}

@@ -95,7 +95,8 @@ class Head(nn.Module):
         """Forward, backward and update in one pass over the labels.
 
         x [B, D'] float32 -> (dx [B, D'], summed loss [] or None). The loss is summed over labels and documents;
-        `scale` multiplies the gradient that updates the head, not dx (1 / B makes the update that of a mean). dx is taken with the weights from before the update.
+        `scale` multiplies the gradient that updates the head, not dx (1 / B makes the update that of a mean).
+        dx is taken with the weights from before the update.
         """
         update = Update(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=scale)
         xt = x.detach().t().contiguous()
@@ -305,9 +306,9 @@ class FixedFanIn(Head):
         return -(-super().chunk(batch) // self.group) * self.group
 
     def _row_chunks(self) -> Iterator[tuple[int, int]]:
-        """Chunks of index rows for which a [rows, D'] score takes about 16 MiB."""
+        """Chunks of index rows for which a [rows * G, D'] dense gradient takes about 16 MiB."""
         rows = -(-self.labels // self.group)
-        size = max(2**22 // self.width, 1)
+        size = max(2**22 // (self.width * self.group), 1)
         for start in range(0, rows, size):
             yield start, min(start + size, rows)
 

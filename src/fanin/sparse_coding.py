@@ -23,9 +23,7 @@ SOLVER_ROUNDS = 10  # conjugate gradients a dictionary update, from the dictiona
 CPU_BUDGET, GPU_BUDGET = 2**21, 2**26  # numbers in a chunk's largest array: on a CPU it should stay in the cache
 
 
-def encode(
-    targets: Tensor, atoms: Tensor, fan_in: int, group: int = 1, iterations: int = ITERATIONS
-) -> tuple[Tensor, Tensor]:
+def encode(targets: Tensor, atoms: Tensor, fan_in: int, group: int = 1, iterations: int = ITERATIONS) -> tuple[Tensor, Tensor]:
     """targets [n, D] and atoms [m, D] of unit length -> a code of `fan_in` atoms a target: (index, value)."""
     gram = atoms.T @ atoms if len(atoms) > atoms.shape[1] else atoms @ atoms.T
     step = 1 / float(torch.linalg.eigvalsh(gram)[-1])
@@ -39,9 +37,7 @@ def decode(index: Tensor, value: Tensor, atoms: Tensor, group: int = 1) -> Tenso
     return F.embedding_bag(_rows(index, len(value), group), atoms, per_sample_weights=value, mode="sum")
 
 
-def learn_dictionary(
-    targets: Tensor, atoms: int, fan_in: int, group: int, rounds: int, generator: torch.Generator
-) -> Tensor:
+def learn_dictionary(targets: Tensor, atoms: int, fan_in: int, group: int, rounds: int, generator: torch.Generator) -> Tensor:
     """targets [n, D] of unit length -> [atoms, D] unit rows that code them well.
 
     Starts from `kmeans_dictionary`; the last of `rounds` rounds is the caller's own, final coding.
@@ -74,9 +70,7 @@ def kmeans_dictionary(targets: Tensor, atoms: int, generator: torch.Generator) -
     return dictionary
 
 
-def _encode(
-    targets: Tensor, atoms: Tensor, fan_in: int, group: int, iterations: int, step: float
-) -> tuple[Tensor, Tensor]:
+def _encode(targets: Tensor, atoms: Tensor, fan_in: int, group: int, iterations: int, step: float) -> tuple[Tensor, Tensor]:
     """`encode` for one chunk. The gradient of the point reached needs its sum of atoms, so that sum is what is kept."""
     n = len(targets)
     targets = F.pad(targets, (0, 0, 0, -n % group))

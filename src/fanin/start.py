@@ -21,6 +21,7 @@ from torch import Tensor
 from fanin.centroids import GATHER, LabelDocuments, load_embeddings, load_label_documents
 from fanin.config import Config
 from fanin.data.tokens import TokenSet
+from fanin.devices import choose_device
 from fanin.files import InputError, atomic_path, write_json
 from fanin.heads import index_dtype
 from fanin.start_forms import Expressed, Whitening, fit_form
@@ -65,7 +66,7 @@ def start_from_data(
     config: Config, source: LabelDocuments, order: np.ndarray, ranking: _Ranking
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The head's state, its rows the labels in this order, and what start.json says of it but for the source."""
-    head, device = config.head, _device(config.train.device)
+    head, device = config.head, choose_device(config.train.device)
     generator = torch.Generator().manual_seed(config.seed)
     white = whitening(source.embeddings, device)
     ranking.whiten(white)
@@ -95,9 +96,7 @@ def start_from_data(
         error += float((unit - expressed.fitted).square().sum(dtype=torch.float64))
         nearest = NEAREST * expressed.fitted.norm(dim=1).clamp_min(1e-6)
         scale = lift / torch.linalg.vecdot(expressed.fitted, target).maximum(nearest)
-        expressed = expressed._replace(
-            weight=expressed.weight * scale[:, None], fitted=expressed.fitted * scale[:, None]
-        )
+        expressed = expressed._replace(weight=expressed.weight * scale[:, None], fitted=expressed.fitted * scale[:, None])
         ranking.offer(expressed.fitted, bias[rows].to(device), order[rows])
         _store(state, expressed, rows, group, source.labels, head.intermediate or source.width)
         if not head.intermediate:  # the head reads x, not x - mean
@@ -195,9 +194,7 @@ def _biases(config: Config, source: LabelDocuments, order: np.ndarray) -> tuple[
     return prior.log().float(), config.start.lift
 
 
-def _store(
-    state: dict[str, Tensor], expressed: Expressed, rows: slice, group: int, labels: int, width: int
-) -> None:
+def _store(state: dict[str, Tensor], expressed: Expressed, rows: slice, group: int, labels: int, width: int) -> None:
     """Put a chunk's weights and indices into the state, which is allocated by the first chunk."""
     if "weight" not in state:
         state["weight"] = torch.empty(labels, expressed.weight.shape[1])
@@ -233,11 +230,3 @@ def _order(path: Path, labels: int, group: int) -> np.ndarray:
     if order.shape != (labels,) or not np.array_equal(np.sort(order), np.arange(labels)):
         raise InputError(f"{path}: expected each of the {labels} labels once; rerun the stage clusters")
     return order
-
-
-def _device(setting: str) -> torch.device:
-    if setting == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if setting.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"train.device: {setting} was asked for, but torch sees no CUDA device; set it to auto or cpu")
-    return torch.device(setting)

@@ -33,7 +33,7 @@ class Expressed(NamedTuple):
     """Rows [n, D] of a classifier as a head holds them."""
 
     weight: Tensor  # [n, K], [n, D'] or [n, R]
-    index: Tensor | None  # [ceil(n / G), K] int64, ascending, where the head is sparse
+    index: Tensor | None  # type: ignore[assignment]  # [ceil(n / G), K] int64, ascending, where the head is sparse
     fitted: Tensor  # [n, D]: the whitened rows that this weight stands for
 
 

@@ -87,18 +87,12 @@ class Trainer:
             end_step=int(config.rewiring.end_fraction * self.total),
         )
         self.auxiliary: AuxiliaryObjective | None = None
-        self.cutoff_step = (
-            min(round(config.auxiliary.cutoff * steps_per_epoch), self.total) if config.auxiliary.enabled else 0
-        )
+        self.cutoff_step = min(round(config.auxiliary.cutoff * steps_per_epoch), self.total) if config.auxiliary.enabled else 0
         if self.cutoff_step:
             if meta is None:
-                raise InputError(
-                    "auxiliary.enabled: needs the meta-labels of the clusters stage; run it (dvc repro clusters)"
-                )
+                raise InputError("auxiliary.enabled: needs the meta-labels of the clusters stage; run it (dvc repro clusters)")
             of_row = torch.from_numpy(np.asarray(meta if order is None else meta[order], dtype=np.int64))
-            self.auxiliary = AuxiliaryObjective(
-                classifier.encoder.width, of_row, config.auxiliary.weight, self.cutoff_step
-            )
+            self.auxiliary = AuxiliaryObjective(classifier.encoder.width, of_row, config.auxiliary.weight, self.cutoff_step)
             self.auxiliary.to(classifier.device)
         self.optimizer = self._optimizer()
         classifier.head.prepare_training(settings.momentum)
@@ -138,21 +132,15 @@ class Trainer:
                 self.seconds = before + time.monotonic() - began
                 bar.update()
                 if metrics:
-                    bar.set_postfix_str(
-                        f"loss {metrics['loss']:.2f}, {metrics['documents_per_second']:.0f} documents/s"
-                    )
-                if self._due(self.settings.validate_every) or (
-                    self.step == self.total and self.settings.validate_every
-                ):
+                    bar.set_postfix_str(f"loss {metrics['loss']:.2f}, {metrics['documents_per_second']:.0f} documents/s")
+                if self._due(self.settings.validate_every) or (self.step == self.total and self.settings.validate_every):
                     self._validate(bar)
                 if self._stop is not None or (self._due(self.settings.checkpoint_every) and self.step < self.total):
                     self.save()
                 if self._stop is not None:
                     break
         if self._stop is not None:
-            print(
-                f"stopped at step {self.step} of {self.total}; the checkpoint is in {self.checkpoints}", file=sys.stderr
-            )
+            print(f"stopped at step {self.step} of {self.total}; the checkpoint is in {self.checkpoints}", file=sys.stderr)
             signal.raise_signal(self._stop)
             raise KeyboardInterrupt
         self.classifier.head.finish_training()

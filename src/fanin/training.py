@@ -17,6 +17,7 @@ import torch
 from fanin.config import Config
 from fanin.data.batches import split
 from fanin.data.tokens import TokenSet
+from fanin.devices import choose_device
 from fanin.encoder import choose_precision
 from fanin.files import InputError, atomic_path, read_json, sha256, write_json
 from fanin.heads import FixedFanIn
@@ -56,7 +57,7 @@ def train(
     train_rows = np.concatenate([train_rows, np.arange(true_documents, len(tokens))])
     order, meta = (_load(clusters_folder / name, description["labels"]) for name in ("order.npy", "meta.npy"))
 
-    device = _device(config.train.device)
+    device = choose_device(config.train.device)
     classifier = Classifier.build(config, description["labels"], order)
     classifier.load_start(start_folder / "head.safetensors")
     classifier.precision = choose_precision(config.train.precision, device)
@@ -111,14 +112,6 @@ def train(
         _write_curve(reports / f"{curve}_curve.csv", columns, trainer.curves[curve])
     write_json(reports / "train.json", summary)
     return summary
-
-
-def _device(setting: str) -> torch.device:
-    if setting == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if setting.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"train.device: {setting} was asked for, but torch sees no CUDA device; set it to auto or cpu")
-    return torch.device(setting)
 
 
 def _load(path: Path, labels: int) -> np.ndarray:

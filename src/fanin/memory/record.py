@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from fanin.config import Config
+from fanin.devices import choose_device
 from fanin.encoder import choose_precision, load_tokenizer, resolve
 from fanin.files import InputError, atomic_path, read_json, write_json
 from fanin.memory.jobs import MIB, Job, available, measure_all
@@ -29,7 +30,7 @@ def record(config: Config, *, tokens_folder: Path = Path("data/tokens"), reports
     """
     description = _description(tokens_folder / "tokens.json")
     load_tokenizer(config.encoder.name, description["max_length"])  # its errors name the setting
-    device = _device(config.train.device)
+    device = choose_device(config.train.device)
     shape = EncoderShape.of(AutoConfig.from_pretrained(resolve(config.encoder.name)), config.encoder.hidden_dropout)
     precision = choose_precision(config.train.precision, device)
 
@@ -140,11 +141,3 @@ def _description(path: Path) -> dict[str, Any]:
         if not isinstance(description, dict) or not isinstance(description.get(key), int) or description[key] < 1:
             raise InputError(f"{path}: no number of {key} in it; rerun the tokens stage (dvc repro tokens)")
     return description
-
-
-def _device(setting: str) -> torch.device:
-    if setting == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if setting.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"train.device: {setting} was asked for, but torch sees no CUDA device; set it to auto or cpu")
-    return torch.device(setting)
