@@ -30,7 +30,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 demo: setup ## the whole pipeline on the bundled WordNet, then a short second run to compare with
 	$(PIPELINE)
 	$(PY) -m fanin.tracking run -- dvc exp run --temp --force -q --name short-random-start $(SECOND)
-	$(PY) -m fanin.compare
+	$(PY) -m fanin.tracking.compare
 	@echo
 	@echo "the page:     reports/report.html"
 	@echo "the two runs: make ui"
@@ -51,7 +51,7 @@ report: setup ## everything, to the HTML page reports/report.html
 	$(PIPELINE)
 
 compare: setup ## compare runs: make compare RUNS="name-or-id name-or-id" (none: the two latest)
-	$(PY) -m fanin.compare $(RUNS)
+	$(PY) -m fanin.tracking.compare $(RUNS)
 
 ui: setup ## the MLflow UI on this project's runs
 	$(PY) -m fanin.tracking ui

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fanin.outbox import LINK_BYTES, Journal
-from fanin.owner import Owner, project_root
+from fanin.tracking.outbox import LINK_BYTES, Journal
+from fanin.tracking.owner import Owner, project_root
 from tracked import DEAD
 
 

@@ -14,7 +14,7 @@ from fanin.config import Config
 ROOT = Path(__file__).parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # Both only watch a stage: what they change shows in MLflow, never in a stage's outs.
-WATCHERS = {"src/fanin/stage.py", "src/fanin/tracking.py"}
+WATCHERS = ("src/fanin/stage.py", "src/fanin/tracking/")
 
 
 def imports(path: Path) -> set[str]:
@@ -42,7 +42,7 @@ def closure(script: str) -> set[str]:
     waiting = imports(ROOT / script)
     while waiting:
         file = waiting.pop()
-        if file in seen or file in WATCHERS:
+        if file in seen or file.startswith(WATCHERS):
             continue
         seen.add(file)
         waiting |= imports(ROOT / file)

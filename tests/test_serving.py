@@ -23,13 +23,13 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 import fanin
-from fanin import pipelines
 from fanin.config import Config
-from fanin.mirror import Mirror
 from fanin.model import Classifier
-from fanin.outbox import Outbox
 from fanin.serving import check_k, check_texts, save_model
-from fanin.ui import free_port
+from fanin.tracking import pipelines
+from fanin.tracking.mirror import Mirror
+from fanin.tracking.outbox import Outbox
+from fanin.tracking.ui import free_port
 from tiny import tiny_encoder_folder, tiny_texts
 from tracked import client_of, database, pipeline_of, project, runs_of, stage_of, store  # noqa: F401 (fixtures)
 

@@ -37,9 +37,7 @@ def corpus(tmp_path_factory) -> SimpleNamespace:
     vectors = (np.stack([directions[own].sum(0) for own in lists]) + noise + 0.7).astype(np.float16)
     validation = np.arange(0, DOCUMENTS, 15) + 5
     documents = np.setdiff1d(np.arange(DOCUMENTS), validation)[:780]
-    tokens, embedded = write_corpus(
-        folder, lists, vectors, documents=documents, validation=validation, label_count=LABELS
-    )
+    tokens, embedded = write_corpus(folder, lists, vectors, documents=documents, validation=validation, label_count=LABELS)
     config = Config()
     config.clusters.meta_labels = 8
     build_clusters(config, tokens, embedded, folder / "clusters")
@@ -398,9 +396,7 @@ def test_a_label_on_every_document_stays_near_its_prior(tmp_path):
     vectors = rng.normal(size=(200, 8)).astype(np.float16)
     lists = [sorted({0, int(label)}) for label in rng.integers(1, 10, 200)]
     documents, validation = np.arange(180), np.arange(180, 200)
-    tokens, embedded = write_corpus(
-        tmp_path, lists, vectors, documents=documents, validation=validation, label_count=10
-    )
+    tokens, embedded = write_corpus(tmp_path, lists, vectors, documents=documents, validation=validation, label_count=10)
     config = settings("dense", 0)
     build_start(config, tokens, embedded, tmp_path, tmp_path / "start")
     state = load_file(tmp_path / "start/head.safetensors")

@@ -18,17 +18,17 @@ from typing import Any
 
 import pytest
 
-from fanin import pipelines
-from fanin.compare import find_runs, report
 from fanin.config import Config, load_config
-from fanin.delivery import metric_name
 from fanin.files import InputError
-from fanin.mirror import Mirror
-from fanin.outbox import Outbox
-from fanin.owner import Owner
-from fanin.store import connect, store_uri
-from fanin.tracking import main
-from fanin.ui import compare_link
+from fanin.tracking import pipelines
+from fanin.tracking.__main__ import main
+from fanin.tracking.compare import find_runs, report
+from fanin.tracking.delivery import metric_name
+from fanin.tracking.mirror import Mirror
+from fanin.tracking.outbox import Outbox
+from fanin.tracking.owner import Owner
+from fanin.tracking.store import connect, store_uri
+from fanin.tracking.ui import compare_link
 from tracked import CORPUS, DEAD, client_of, database, pipeline_of, project, runs_of, stage_of, store, write_lock  # noqa: F401 (fixtures)
 
 
@@ -226,7 +226,7 @@ def test_stages_that_begin_during_a_pass_are_not_left_behind(store: Path, monkey
         return connect(outbox, uri)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fanin.mirror.connect", slow_connect)
+        patch.setattr("fanin.tracking.mirror.connect", slow_connect)
         assert Mirror(Outbox()).flush().runs == []
     assert Mirror(Outbox()).flush().runs == [pipeline.key]
     runs = runs_of(store)

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from fanin import pipelines, provenance, sender
+from fanin import provenance
 from fanin.config import Config
-from fanin.outbox import Outbox
+from fanin.tracking import pipelines, sender
+from fanin.tracking.outbox import Outbox
 from tracked import database, pipeline_of, project, store  # noqa: F401 (fixtures)
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from fanin import pipelines
-from fanin.mirror import Mirror
-from fanin.outbox import Outbox
-from fanin.owner import Owner
-from fanin.store import Unreachable, connect, quiet_mlflow
-from fanin.tracking import main
-from fanin.ui import free_port
+from fanin.tracking import pipelines
+from fanin.tracking.__main__ import main
+from fanin.tracking.mirror import Mirror
+from fanin.tracking.outbox import Outbox
+from fanin.tracking.owner import Owner
+from fanin.tracking.store import Unreachable, connect, quiet_mlflow
+from fanin.tracking.ui import free_port
 from tracked import DEAD, client_of, database, pipeline_of, project, runs_of, stage_of, store  # noqa: F401 (fixtures)
 
 
@@ -141,7 +141,8 @@ def test_sigterm_of_the_wrapper_reaches_the_stage(project: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_at_once_on_a_fresh_store(project: Path) -> None:
-    body = "from fanin.outbox import Outbox\nfrom fanin.store import *\nconnect(Outbox(), default_uri(Outbox().root))\n"
+    body = "from fanin.tracking.outbox import Outbox\nfrom fanin.tracking.store import *\n"
+    body += "connect(Outbox(), default_uri(Outbox().root))\n"
     both = [subprocess.Popen([sys.executable, "-c", body], cwd=project) for _ in range(2)]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from fanin import pipelines
 from fanin.config import Config
-from fanin.outbox import Journal, Outbox
-from fanin.owner import Owner
-from fanin.store import connect, default_uri
-from fanin.tracking import Run
+from fanin.tracking import Run, pipelines
+from fanin.tracking.outbox import Journal, Outbox
+from fanin.tracking.owner import Owner
+from fanin.tracking.store import connect, default_uri
 
 PROJECT = Path(__file__).parent.parent
 CORPUS = {"name": "near", "labels": 18_900, "checksum": "c0ffee" * 10 + "abcd", "source": "WordNet", "licence": "WordNet"}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fanin.files import write_json
-from fanin.owner import Owner, project_root
+from fanin.tracking.owner import Owner, project_root
 
 LINK_BYTES = 2**20  # a file of this size or more is hard-linked into the outbox, a smaller one copied
 TAIL_BYTES = 65536

@@ -11,15 +11,15 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fanin.delivery import Delivery
-from fanin.outbox import Event, Journal, Outbox
-from fanin.store import Unreachable, connect, guarded, store_uri
+from fanin.tracking.delivery import Delivery
+from fanin.tracking.outbox import Event, Journal, Outbox
+from fanin.tracking.store import Unreachable, connect, guarded, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-log = logging.getLogger("fanin.mirror")
+log = logging.getLogger("fanin.tracking.mirror")
 
 
 @dataclass

@@ -13,8 +13,8 @@ from typing import Any
 from fanin import provenance
 from fanin.config import Config
 from fanin.files import read_json
-from fanin.outbox import Journal, Outbox
-from fanin.owner import Owner, find_owner
+from fanin.tracking.outbox import Journal, Outbox
+from fanin.tracking.owner import Owner, find_owner
 
 PARENT_VARIABLE = "FANIN_PARENT_RUN"  # key of the pipeline run that the wrapper opened
 LAST_STAGE = "report"

@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fanin.outbox import Event, Journal, Outbox
-from fanin.store import Unreachable, guarded
+from fanin.tracking.outbox import Event, Journal, Outbox
+from fanin.tracking.store import Unreachable, guarded
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 BATCH_METRICS, BATCH_REST = 1000, 100  # MLflow's limits for one log_batch
 
-log = logging.getLogger("fanin.delivery")
+log = logging.getLogger("fanin.tracking.delivery")
 
 
 def metric_name(name: str) -> str:

@@ -1,17 +1,12 @@
 """Runs as stages see them: every method appends to a journal on disk and returns. MLflow mirrors the journals later.
 
 A stage's run is a child of the pipeline run (`dvc repro`, `make train`) that it belongs to. Nothing here imports MLflow
-or touches a network: `fanin.sender` reads the journals in a process of its own, so a tracking server that is down, slow
+or touches a network: `sender.py` reads the journals in a process of its own, so a tracking server that is down, slow
 or lost neither delays nor costs a run.
-
-    python -m fanin.tracking run -- dvc repro    one pipeline run around a command
-    python -m fanin.tracking sync                send what the server does not have yet
-    python -m fanin.tracking ui                  the MLflow UI on the project's store
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
@@ -24,9 +19,9 @@ from typing import Any
 
 from fanin import provenance
 from fanin.config import Config
-from fanin.outbox import Journal, Outbox
-from fanin.owner import Owner
-from fanin.pipelines import (
+from fanin.tracking.outbox import Journal, Outbox
+from fanin.tracking.owner import Owner
+from fanin.tracking.pipelines import (
     PARENT_VARIABLE,
     describe_pipeline,
     find_pipeline,
@@ -35,7 +30,7 @@ from fanin.pipelines import (
     record_results,
     record_stage_hashes,
 )
-from fanin.sender import MODE_VARIABLE, ensure_sender, send_loop, sync, wrap
+from fanin.tracking.sender import MODE_VARIABLE, ensure_sender
 
 
 class Run:
@@ -121,7 +116,7 @@ class Run:
         journal = self._journal
         if journal is None:
             return
-        code = Path(__file__).parent
+        code = Path(__file__).parents[1]  # the fanin package
 
         def keep() -> None:
             data = journal.keep(Path(folder), "model/classifier")
@@ -154,35 +149,3 @@ class Run:
                 pipeline.append("tags", values={"fanin.device": device})
             record_results(pipeline, Path.cwd(), start.get("stage", ""))
         ensure_sender(Outbox())
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of `python -m fanin.tracking`."""
-    from fanin import ui
-
-    about = "Tracking: journals on disk, MLflow as their mirror."
-    parser = argparse.ArgumentParser(prog="python -m fanin.tracking", description=about)
-    commands = parser.add_subparsers(dest="command", required=True)
-    around = commands.add_parser("run", help="run a command (dvc repro ...) as one pipeline run")
-    around.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND")
-    resend = commands.add_parser("sync", help="send what the tracking server does not have yet")
-    resend.add_argument("--again", action="store_true", help="also what was sent before, to a server that lost it or a new one")
-    resend.add_argument("--to", metavar="URI", help="send to this store, whatever the runs named (a server that has moved)")
-    page = commands.add_parser("ui", help="the MLflow UI on the project's store")
-    page.add_argument("--port", type=int, default=ui.DEFAULT_PORT, help="the next free one is taken where it is in use")
-    commands.add_parser("send", help="send in the background until all open runs have ended (started by stages)")
-    options = parser.parse_args(arguments)
-    if options.command == "run":
-        words = options.words[1:] if options.words[:1] == ["--"] else options.words
-        if not words:
-            parser.error("run: a command is missing, for example: run -- dvc repro")
-        return wrap(words)
-    if options.command == "sync":
-        return sync(again=options.again, to=options.to)
-    if options.command == "ui":
-        return ui.serve(options.port)
-    return send_loop()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

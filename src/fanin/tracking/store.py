@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fanin.config import load_config
 from fanin.files import InputError
-from fanin.outbox import Outbox
+from fanin.tracking.outbox import Outbox
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

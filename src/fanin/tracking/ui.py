@@ -12,8 +12,8 @@ import urllib.parse
 from collections.abc import Sequence
 
 from fanin.files import InputError
-from fanin.outbox import Outbox
-from fanin.store import configured_uri, connect, quiet_mlflow, reachable
+from fanin.tracking.outbox import Outbox
+from fanin.tracking.store import configured_uri, connect, quiet_mlflow, reachable
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 5000

@@ -16,11 +16,11 @@ import psutil
 
 from fanin.config import load_config
 from fanin.files import InputError, read_json, write_json
-from fanin.mirror import Mirror, Summary
-from fanin.outbox import SENT, Journal, Outbox
-from fanin.owner import Owner
-from fanin.pipelines import PARENT_VARIABLE, close_pipeline, describe_pipeline, open_pipeline, redirect_pipeline
-from fanin.store import store_uri
+from fanin.tracking.mirror import Mirror, Summary
+from fanin.tracking.outbox import SENT, Journal, Outbox
+from fanin.tracking.owner import Owner
+from fanin.tracking.pipelines import PARENT_VARIABLE, close_pipeline, describe_pipeline, open_pipeline, redirect_pipeline
+from fanin.tracking.store import store_uri
 
 MODE_VARIABLE = "FANIN_TRACKING"  # offline: journals only, nothing is sent until `sync`; off: nothing is written
 

@@ -1,4 +1,4 @@
-"""Pipeline runs side by side: `python -m fanin.compare RUN RUN...` (what `make compare` calls)."""
+"""Pipeline runs side by side: `python -m fanin.tracking.compare RUN RUN...` (what `make compare` calls)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fanin.files import InputError
-from fanin.mirror import Mirror
-from fanin.outbox import Outbox
-from fanin.store import Unreachable, configured_uri, connect
-from fanin.ui import DEFAULT_PORT, HOST, compare_link
+from fanin.tracking.mirror import Mirror
+from fanin.tracking.outbox import Outbox
+from fanin.tracking.store import Unreachable, configured_uri, connect
+from fanin.tracking.ui import DEFAULT_PORT, HOST, compare_link
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -86,7 +86,7 @@ def report(runs: Sequence[Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: send what waits, then print settings that differ, metrics and the address of the UI's page."""
-    parser = argparse.ArgumentParser(prog="python -m fanin.compare", description="Compare pipeline runs.")
+    parser = argparse.ArgumentParser(prog="python -m fanin.tracking.compare", description="Compare pipeline runs.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run name, DVC experiment or run id; none: the latest two")
     options = parser.parse_args(arguments)
     outbox = Outbox()
