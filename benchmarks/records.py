@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from fanin.files import write_json
-from fanin.provenance import machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -21,6 +20,8 @@ def device_name() -> str:
     """The GPU's name where there is one, else the processor's with the threads that torch uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
+    from fanin.provenance import machine  # needs psutil, which a bare GPU machine may lack
+
     return f"{machine()['fanin.cpu']}, {torch.get_num_threads()} threads"
 
 
