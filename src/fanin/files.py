@@ -53,6 +53,7 @@ def atomic_path(path: str | Path, *, directory: bool = False) -> Iterator[Path]:
 
 _WRITE_ERRORS = {
     13: "permission denied; make the folder writable or choose another one",
+    27: "the file grew past the size allowed here; raise the limit (ulimit -f) or choose another folder",
     28: "the disk is full; free some space and run again",
     30: "the file system is read-only; choose a folder that can be written",
     122: "the disk quota is used up; free some space and run again",

@@ -57,7 +57,9 @@ def build_start(
         tensors, summary = start_from_data(config, source, order, ranking)
     summary = {"source": config.start.source, **summary}
     with atomic_path(out, directory=True) as folder:
-        save_file(tensors, folder / "head.safetensors", {"format": "pt", "source": config.start.source})
+        save_file(
+            tensors, folder / "head.safetensors", {"source": config.start.source}
+        )  # one entry: the order of several is random
         write_json(folder / "start.json", summary)
     return summary
 

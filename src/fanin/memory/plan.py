@@ -273,7 +273,7 @@ def step_buffers(head: HeadSettings, labels: int, features: int, batch: int, dev
 
 def rewire_buffers(head: HeadSettings, labels: int, features: int, batch: int, method: str, prune: str) -> int:
     """What `heads.FixedFanIn.rewire` allocates at its highest, for one chunk of index rows."""
-    total, whole = -(-labels // head.group), max(2**22 // features, 1)
+    total, whole = -(-labels // head.group), max(2**22 // (features * head.group), 1)
     rows = min(whole, total)
     entries, members = rows * head.fan_in, rows * head.fan_in * head.group
     score = _FLOAT * rows * features
