@@ -8,6 +8,12 @@ PY := $(BIN)/python
 export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 export TOKENIZERS_PARALLELISM = false
+export UV_SYSTEM_CERTS ?= true
+# dvc exp run makes commits of its own; where git knows no user, any name will do.
+export GIT_AUTHOR_NAME ?= $(or $(shell git config user.name),fanin)
+export GIT_AUTHOR_EMAIL ?= $(or $(shell git config user.email),fanin@localhost)
+export GIT_COMMITTER_NAME ?= $(GIT_AUTHOR_NAME)
+export GIT_COMMITTER_EMAIL ?= $(GIT_AUTHOR_EMAIL)
 export PATH := $(abspath $(BIN)):$(PATH)
 PIPELINE := $(PY) -m fanin.tracking run -- dvc repro
 
