@@ -13,9 +13,7 @@ from fanin.training import CURVES, train
 
 def main(config: Config, run: Run) -> None:
     summary = train(config, log=run.metrics)
-    numbers = {
-        key: value for key, value in summary.items() if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    numbers = {key: value for key, value in summary.items() if isinstance(value, int | float) and not isinstance(value, bool)}
     run.metrics(numbers | {f"head_bytes/{part}": size for part, size in summary["head_bytes"].items()})
     for curve in CURVES:
         run.artifact(Path(f"reports/{curve}_curve.csv"))
