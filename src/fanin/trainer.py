@@ -73,8 +73,6 @@ class Trainer:
         order = None if classifier.order is None else classifier.order.cpu().numpy()
         label_rows = None if order is None else _inverse(order)
         self.batches = Batches(tokens, train_rows, settings.batch, config.seed, pad_id, label_rows)
-        if len(self.batches) == 0:
-            raise InputError("train.validation_documents: no training documents are left; lower it")
         steps_per_epoch = len(self.batches) / settings.accumulation
         self.total = max(math.ceil(settings.epochs * steps_per_epoch - 1e-9), 1)
         if settings.max_steps is not None:
@@ -164,10 +162,10 @@ class Trainer:
         logged = (self.step + 1) % settings.log_every == 0 or self.step + 1 == self.total
         main_loss, meta_loss, documents = 0.0, 0.0, 0
         for _ in range(settings.accumulation):
-            batch = next(stream)
+            batch = next(stream).to(classifier.device)
             share = 1 / (settings.accumulation * len(batch.rows))  # the loss is a mean over documents
-            positives = batch.positives.to(classifier.device)
-            embedding = classifier.embed(batch.ids.to(classifier.device), batch.mask.to(classifier.device))
+            positives = batch.positives
+            embedding = classifier.embed(batch.ids, batch.mask)
             features = classifier.project(embedding)
             dx, loss = classifier.head.step(
                 features.detach(),
