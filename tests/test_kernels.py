@@ -1,73 +1,374 @@
-"""Every backend against the plain formula in float64."""
+"""Every backend that runs here against dense arithmetic and torch.optim.SGD in float64, and what all share."""
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from fanin.kernels import BACKENDS, backend, reference
+from fanin import kernels
+from fanin.kernels import BACKENDS, Layer, Unavailable, Update, backend
+from fanin.kernels.layer import decode, mix, random_bits, store
+from fanin.kernels.reference import expand
 
-SHAPES = [(1, 5, 3, 2, 1), (37, 48, 7, 5, 1), (64, 300, 8, 3, 16), (37, 48, 7, 5, 16), (5, 4, 4, 1, 8)]
+# labels, width, fan-in, batch, group: ragged sizes, every kind of K, one label, one document, several panels of documents
+SHAPES = [
+    (1, 5, 3, 1, 1),
+    (70, 48, 7, 5, 1),
+    (203, 300, 32, 64, 1),
+    (64, 70000, 8, 3, 1),
+    (130, 40, 33, 130, 1),
+    (37, 48, 1, 5, 16),
+    (203, 300, 40, 130, 16),
+    (97, 64, 64, 100, 8),
+    (70, 520, 512, 33, 64),
+    (300, 200, 100, 48, 128),
+    (50, 30, 12, 9, 3),
+]
+ANY_FLOAT = ("reference", "torch")
 
 
-def case(labels: int, width: int, fan_in: int, batch: int, group: int, dtype=torch.float64, index_dtype=torch.int64):
-    generator = torch.Generator().manual_seed(labels * width + group)
-    index = torch.rand(-(-labels // group), width, generator=generator).topk(fan_in, dim=1).indices.to(index_dtype)
-    weight = torch.randn(labels, fan_in, generator=generator, dtype=dtype)
-    xt = torch.randn(width, batch, generator=generator, dtype=dtype)
-    g = torch.randn(labels, batch, generator=generator, dtype=dtype)
-    return xt, weight, index, g
+def needs(name: str):
+    """The backend, or a skip that says why it cannot run."""
+    if name == "triton":
+        pytest.skip("tests/test_triton.py has it, in the interpreter")
+    try:
+        return backend(name)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
 
 
-def by_autograd(xt, weight, index, g, group):
-    """dense [L, D] weights and autograd: only a test may do that."""
-    rows = reference.expand(index, len(weight), group)
-    weight, xt = weight.clone().requires_grad_(), xt.clone().requires_grad_()
-    dense = torch.zeros(len(weight), len(xt), dtype=weight.dtype).scatter(1, rows, weight)
-    z = dense @ xt
-    z.backward(g)
-    return z.detach(), weight.grad, xt.grad
+def case(labels, width, fan_in, batch, group, *, weights=torch.float32, momentum=torch.float32, kahan=False, seed=0):
+    """A layer, x, and positives: none for most labels, all documents for one, the last label too."""
+    generator = torch.Generator().manual_seed(seed + labels * width + group)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    rows = torch.stack([torch.randperm(width, generator=generator)[:fan_in].sort().values for _ in range(-(-labels // group))])
+    layer = Layer(
+        weight=(0.3 * normal(labels, fan_in)).to(weights),
+        index=rows.to(torch.uint16 if width <= 65536 else torch.int32),
+        bias=normal(labels) - 2,
+        group=group,
+        momentum=None if momentum is None else (0.1 * normal(labels, fan_in)).to(momentum),
+        bias_momentum=None if momentum is None else 0.1 * normal(labels),
+        compensation=torch.zeros(labels, fan_in, dtype=torch.bfloat16) if kahan else None,
+    )
+    y = torch.rand(labels, batch, generator=generator) < 0.02
+    y[:-1:2] = False
+    y[min(3, labels - 1)] = True
+    y[labels - 1, batch - 1] = True
+    return layer, normal(batch, width), *y.nonzero(as_tuple=True)
+
+
+def clone(layer: Layer, dtype: torch.dtype | None = None) -> Layer:
+    names = ("weight", "index", "bias", "momentum", "bias_momentum", "compensation")
+    copies = {name: None if (value := getattr(layer, name)) is None else value.clone() for name in names}
+    if dtype is not None:
+        copies |= {n: v.to(dtype) for n, v in copies.items() if v is not None and v.is_floating_point()}
+    return dataclasses.replace(layer, **copies)
+
+
+def densified(layer: Layer, width: int) -> torch.Tensor:
+    """[L, D] float64: only a test may do that."""
+    rows = expand(layer.index, layer.labels, layer.group)
+    return torch.zeros(layer.labels, width, dtype=torch.float64).scatter(1, rows, decode(layer.weight).double())
+
+
+def close(found, expected, tolerance=1e-5):
+    """By the norm of the difference over the norm of what is expected, in float64; NaN never passes."""
+    found, expected = found.double(), expected.double()
+    assert found.shape == expected.shape
+    error = (found - expected).norm() / expected.norm().clamp(min=1e-6)
+    assert error <= tolerance, f"off by {error:.1e}"
+
+
+@pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_three_steps_equal_autograd_and_sgd(name, shape, loss):
+    module = needs(name)
+    layer, x, labels, documents = case(*shape)
+    y = torch.zeros(len(x), layer.labels, dtype=torch.float64)
+    y[documents, labels] = 1
+    weight = densified(layer, x.shape[1]).requires_grad_()
+    bias = layer.bias.double().requires_grad_()
+    mask = densified(dataclasses.replace(layer, weight=torch.ones_like(layer.weight)), x.shape[1])
+    optimizer = torch.optim.SGD([{"params": [weight], "weight_decay": 0.01}, {"params": [bias]}], lr=0.05, momentum=0.9)
+    optimizer.state[weight]["momentum_buffer"] = densified(dataclasses.replace(layer, weight=layer.momentum), x.shape[1])
+    optimizer.state[bias]["momentum_buffer"] = layer.bias_momentum.double()
+    for seed in range(3):
+        batch = (x * (1 + seed)).double().requires_grad_()
+        z = batch @ weight.t() + bias
+        if loss == "bce":
+            value = F.binary_cross_entropy_with_logits(z, y, reduction="sum")
+        else:
+            value = (1 - z * (2 * y - 1)).clamp(min=0).square().sum()
+        optimizer.zero_grad()
+        value.backward()
+        for parameter in (weight, bias):
+            parameter.grad *= 0.5
+        weight.grad *= mask
+        before = z.detach()
+        given = x * (1 + seed)
+        close(module.logits(given, layer), before)
+        update = Update(lr=0.05, momentum=0.9, weight_decay=0.01, scale=0.5, seed=seed)
+        dx, found = module.step(given, layer, labels, documents, update, loss, want_loss=True)
+        optimizer.step()
+        close(dx, batch.grad)
+        close(found, value.detach())
+        close(densified(layer, x.shape[1]), weight.detach())
+        close(layer.bias, bias.detach())
+    close(layer.bias_momentum, optimizer.state[bias]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradients_equal_autograd(name, shape):
+    module = needs(name)
+    layer, x, _, _ = case(*shape)
+    g = torch.randn(len(x), layer.labels, generator=torch.Generator().manual_seed(1))
+    dense = densified(layer, x.shape[1])
+    dx, dw = module.gradients(x, g, layer)
+    close(dx, g.double() @ dense)
+    rows = expand(layer.index, layer.labels, layer.group)
+    close(dw, (g.double().t() @ x.double()).gather(1, rows))
+    assert module.gradients(x, g, layer, need_x=False)[0] is None
+    assert module.gradients(x, g, layer, need_weight=False)[1] is None
+    close(module.gradients(x, g, layer, need_weight=False)[0], dx)
+    close(module.gradients(x, g, layer, need_x=False)[1], dw)
+
+
+@pytest.mark.parametrize("name", ANY_FLOAT)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_plain_torch_in_fp64_is_exact(name, shape):
+    layer, x, _, _ = case(*shape)
+    wide = clone(layer, torch.float64)
+    close(backend(name).logits(x.double(), wide), x.double() @ densified(layer, x.shape[1]).t() + layer.bias.double(), 1e-14)
+
+
+@pytest.mark.parametrize("shape", [(70, 48, 7, 5, 1), (3000, 300, 32, 64, 1), (3000, 300, 40, 70, 16), (500, 64, 33, 3, 64)])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_topk_is_exact(name, shape):
+    module = needs(name)
+    layer, x, _, _ = case(*shape)
+    z = module.logits(x, layer)
+    for k in (1, 5, layer.labels):
+        scores, labels = module.topk(x, layer, k)
+        assert torch.equal(scores, z.topk(k, dim=1).values)
+        assert torch.equal(z.gather(1, labels), scores)
+        assert all(len(row.unique()) == k for row in labels)
+
+
+@pytest.mark.parametrize("kahan", [False, True])
+@pytest.mark.parametrize("momentum", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_low_precision_steps_round_as_the_reference_does(name, weights, momentum, kahan):
+    """The same random bits, so all but a few that lie on an edge round alike; for those the codes differ by one step."""
+    module = needs(name)
+    for shape in ((300, 200, 24, 20, 16), (120, 90, 11, 7, 1)):
+        layer, x, labels, documents = case(*shape, weights=weights, momentum=momentum, kahan=kahan)
+        ours, theirs = clone(layer), clone(layer)
+        for seed in range(2):
+            update = Update(lr=0.1, momentum=0.9, weight_decay=0.01, scale=0.5, seed=seed)
+            dx, _ = module.step(x, ours, labels, documents, update)
+            expected, _ = backend("reference").step(x, theirs, labels, documents, update)
+            close(dx, expected, 1e-3)
+        raw = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8, torch.float32: torch.float32}
+        for one, two in ((ours.weight, theirs.weight), (ours.momentum, theirs.momentum)):
+            if one is not None:
+                step = (one.view(raw[one.dtype]).double() - two.view(raw[one.dtype]).double()).abs()
+                assert (step > 0).float().mean() < 0.01 or one.dtype == torch.float32
+                assert step.max() <= 2  # one for each step
+        assert (ours.weight.float() != layer.weight.float()).float().mean() > 0.5
+        if kahan:
+            close(ours.weight.float() + ours.compensation.float(), theirs.weight.float() + theirs.compensation.float(), 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_stochastic_rounding_is_unbiased_and_between_neighbours(dtype):
+    values = torch.cat([torch.linspace(-1, 1, 257), torch.tensor([0.0, 1e-3, 3e-3, -0.0101, 447.0, 500.0, 2.0**-9])])
+    wide = values.repeat(4000, 1)
+    layer = Layer(weight=torch.empty(wide.shape, dtype=dtype), index=torch.empty(0))
+    store(layer.weight, wide.clone(), random_bits(mix(1), layer))
+    rounded = layer.weight.float()
+    inside = values.clamp(-448, 448) if dtype == torch.float8_e4m3fn else values
+    gap = (rounded - inside).abs().max(dim=0).values
+    step = torch.maximum(inside.abs() * (2.0**-3 if dtype == torch.float8_e4m3fn else 2.0**-7), torch.tensor(2.0**-9))
+    assert (gap <= step).all()
+    error = (rounded.double().mean(0) - inside.double()).abs()
+    assert (error <= 5 * step / 2 / 4000**0.5).all()
+    exact = decode(torch.tensor([0.5, -0.25, 0.0]).to(dtype))
+    store(part := torch.empty(3, dtype=dtype), exact.clone(), torch.full((3,), 0xFFFFFFFF))
+    assert torch.equal(part.float(), exact)  # what can be stored is not moved
+
+
+def test_random_bits_do_not_depend_on_how_a_layer_is_cut():
+    layer, *_ = case(64, 48, 7, 5, 16)
+    whole = random_bits(mix(5), layer)
+    assert torch.equal(torch.cat([random_bits(mix(5), part) for part in layer.parts(16)]), whole)
+    far = dataclasses.replace(layer, first=2**33)
+    assert not torch.equal(random_bits(mix(5), far), whole)
+    assert whole.min() >= 0
+    assert whole.max() < 2**32
+    assert len(whole.unique()) == whole.numel()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_against_autograd_in_fp64(name, shape):
-    xt, weight, index, g = case(*shape)
-    group = shape[-1]
-    z, dw, dx = by_autograd(xt, weight, index, g, group)
-    module = backend(name)
-    torch.testing.assert_close(module.forward(xt, weight, index, group), z)
-    torch.testing.assert_close(module.weight_gradient(xt, g, index, group), dw)
-    base = torch.randn_like(xt)
-    total = base.clone()
-    module.add_input_gradient(total, g, weight, index, group)
-    torch.testing.assert_close(total, base + dx)
+def test_a_step_sees_a_rewired_index(name):
+    """Nothing about the index may be kept from the step before."""
+    module = needs(name)
+    layer, x, labels, documents = case(203, 300, 32, 20, 1)
+    module.step(x, layer, labels, documents, Update(lr=0.1, momentum=0.9))
+    layer.index.copy_(case(203, 300, 32, 20, 1, seed=9)[0].index)
+    fresh = clone(layer)
+    found, _ = module.step(x, layer, labels, documents, Update(lr=0.1, momentum=0.9))
+    expected, _ = backend("reference").step(x, fresh, labels, documents, Update(lr=0.1, momentum=0.9))
+    close(found, expected)
+    close(layer.weight, fresh.weight)
 
 
-@pytest.mark.parametrize("index_dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_no_positives_no_bias_no_momentum(name):
+    module = needs(name)
+    layer, x, *_ = case(70, 48, 7, 5, 1)
+    layer = dataclasses.replace(layer, bias=None, bias_momentum=None, momentum=None)
+    wide = clone(layer, torch.float64)
+    none = torch.empty(0, dtype=torch.int64)
+    dx, _ = module.step(x, layer, none, none, Update(lr=0.1))
+    expected, _ = backend("reference").step(x.double(), wide, none, none, Update(lr=0.1))
+    close(dx, expected)
+    close(layer.weight, wide.weight)
+
+
 @pytest.mark.parametrize("group", [1, 16])
-def test_fp32_and_every_index_type(index_dtype, group):
-    xt, weight, index, g = case(130, 200, 32, 9, group, torch.float32, index_dtype)
-    exact = by_autograd(xt.double(), weight.double(), index, g.double(), group)
-    module = backend()
-    dx = torch.zeros_like(xt)
-    module.add_input_gradient(dx, g, weight, index, group)
-    found = module.forward(xt, weight, index, group), module.weight_gradient(xt, g, index, group), dx
-    for ours, truth in zip(found, exact, strict=True):
-        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-4)
+def test_cpu_gives_the_same_bits_on_one_and_two_threads(group):
+    module = needs("cpu")
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 2):
+            torch.set_num_threads(number)
+            layer, x, labels, documents = case(20_001, 100, 24, 70, group, weights=torch.bfloat16, momentum=torch.bfloat16)
+            dx, loss = module.step(x, layer, labels, documents, Update(lr=0.1, momentum=0.9, seed=3), want_loss=True)
+            scores, rows = module.topk(x, layer, 9)
+            g = torch.randn(len(x), layer.labels, generator=torch.Generator().manual_seed(1))
+            found.append(
+                [
+                    dx,
+                    loss,
+                    layer.weight.float(),
+                    layer.momentum.float(),
+                    layer.bias,
+                    scores,
+                    rows,
+                    *module.gradients(x, g, layer),
+                ]
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
-def test_unread_features_get_no_gradient():
-    xt, weight, index, g = case(10, 64, 3, 4, 1)
-    dx = torch.zeros_like(xt)
-    backend().add_input_gradient(dx, g, weight, index, 1)
-    unread = torch.ones(64, dtype=torch.bool)
-    unread[index.unique()] = False
-    assert unread.any()
-    assert (dx[unread] == 0).all()
-    assert (dx[~unread] != 0).any()
+def test_cpu_writes_nothing_outside_its_tensors():
+    """Every tensor that a step writes lies between guards that must not change, at sizes that fill no whole vector."""
+    module = needs("cpu")
+    for shape in ((37, 50, 7, 5, 1), (37, 50, 9, 17, 16), (200, 60, 21, 67, 8)):
+        layer, x, labels, documents = case(*shape)
+        names = ("weight", "bias", "momentum", "bias_momentum")
+        guarded = {n: torch.full((getattr(layer, n).numel() + 128,), 7.0) for n in names}
+        views = {n: guarded[n][64:-64].view(getattr(layer, n).shape) for n in names}
+        for n in names:
+            views[n].copy_(getattr(layer, n))
+        dx, _ = module.step(x, dataclasses.replace(layer, **views), labels, documents, Update(lr=0.1, momentum=0.9))
+        expected, _ = module.step(x, layer, labels, documents, Update(lr=0.1, momentum=0.9))
+        assert torch.equal(dx, expected)  # whatever the alignment
+        for n in names:
+            assert torch.equal(views[n], getattr(layer, n))
+            assert (guarded[n][:64] == 7).all()
+            assert (guarded[n][-64:] == 7).all()
 
 
-def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"kernel backend 'cuda' is not one of auto, reference"):
+def test_float8_and_bfloat16_codes_are_read_alike():
+    """Every finite code of float8 and many of bfloat16, through one feature of one document."""
+    module = needs("cpu")
+    codes = torch.arange(256, dtype=torch.uint8)
+    for weight in (codes[(codes & 0x7F) < 0x7F].view(torch.float8_e4m3fn), torch.randn(999).to(torch.bfloat16)):
+        layer = Layer(weight=weight[:, None], index=torch.zeros(len(weight), 1, dtype=torch.uint16))
+        assert torch.equal(module.logits(torch.ones(1, 1), layer)[0], weight.float())
+
+
+def test_unknown_and_unavailable_backends(monkeypatch):
+    with pytest.raises(ValueError, match=r"kernel backend 'cuda' is not one of auto, reference, torch, cpu, triton"):
         backend("cuda")
+
+    def absent(name):
+        if name == "cpu":
+            raise Unavailable("kernel backend cpu needs a C++ compiler")
+        return whole(name)
+
+    whole = kernels._load
+    monkeypatch.setattr(kernels, "_load", absent)
+    kernels._fastest.cache_clear()
+    try:
+        with pytest.raises(Unavailable, match="needs a C"):
+            backend("cpu")
+        with pytest.warns(RuntimeWarning, match="falling back to slower kernels in plain torch"):
+            assert backend().name == "torch"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert backend().name == "torch"  # it is said once
+    finally:
+        kernels._fastest.cache_clear()
+    assert backend(dtype=torch.float64).name == "torch"
+
+
+class TestBuild:
+    """The compiled library: cached, rebuilt where the source changed, a clear reason where it cannot be had."""
+
+    @pytest.fixture
+    def build(self, monkeypatch, tmp_path):
+        from fanin.kernels.cpu import build
+
+        try:
+            build.compiler()
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+        monkeypatch.setenv("FANIN_CACHE", str(tmp_path / "cache"))
+        build.library.cache_clear()
+        yield build
+        build.library.cache_clear()
+
+    def test_is_built_once(self, build, monkeypatch):
+        build.library()
+        (first,) = build.cache_folder().iterdir()
+        monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
+        build.library.cache_clear()
+        build.library()
+        assert [first] == list(build.cache_folder().iterdir())
+
+    def test_no_compiler(self, build, monkeypatch):
+        monkeypatch.setenv("PATH", "/nowhere")
+        monkeypatch.delenv("CXX", raising=False)
+        with pytest.raises(Unavailable, match=r"needs a C\+\+ compiler: none of \$CXX"):
+            build.library()
+
+    def test_a_compiler_that_fails(self, build, monkeypatch, tmp_path):
+        broken = tmp_path / "broken"
+        broken.write_text("#!/bin/sh\necho internal compiler error >&2\nexit 1\n")
+        broken.chmod(0o755)
+        monkeypatch.setenv("CXX", str(broken))
+        with pytest.raises(Unavailable, match=r"could not compile fixed_fan_in.cpp: internal compiler error"):
+            build.library()
+        assert list(build.cache_folder().iterdir()) == []
+
+    def test_a_damaged_library_is_named(self, build, monkeypatch):
+        monkeypatch.setattr(build, "_build", lambda command, target: target.write_bytes(b"not a library"))
+        with pytest.raises(Unavailable, match=r"cannot be loaded .* remove it to build it again"):
+            build.library()

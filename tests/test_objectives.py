@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fanin.objectives import AuxiliaryObjective, Positives, logit_gradient_
+from fanin.kernels.reference import logit_gradient_, tile_ranges
+from fanin.objectives import AuxiliaryObjective, Positives
 from fanin.optim import adamw, set_learning_rate, warmup_cosine
 
 
@@ -37,10 +38,9 @@ def test_extreme_logits_stay_finite():
     assert z.tolist() == [[1.0, -1.0]]
 
 
-def test_ranges_of_chunks():
-    positives = Positives(torch.tensor([0, 0, 3, 4, 9]), torch.tensor([0, 1, 0, 0, 2]))
-    assert positives.ranges(10, 4) == [0, 3, 4, 5]
-    assert Positives(torch.empty(0), torch.empty(0)).ranges(10, 5) == [0, 0, 0]
+def test_ranges_of_tiles():
+    assert tile_ranges(torch.tensor([0, 0, 3, 4, 9]), 10, 4).tolist() == [0, 3, 4, 5]
+    assert tile_ranges(torch.empty(0, dtype=torch.int64), 10, 5).tolist() == [0, 0, 0]
 
 
 def test_auxiliary_objective_predicts_the_clusters_of_a_documents_labels():

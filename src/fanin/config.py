@@ -60,6 +60,9 @@ class Head:
     intermediate: int = 1536  # width of the layer between encoder and head; 0: none
     activation: str = "linear"  # of that layer: linear | relu
     loss: str = "bce"  # bce | squared_hinge
+    dtype: str = "fp32"  # fp32 | bf16 | fp8 (e4m3): what a fixed fan-in head's weights are stored in
+    rounding: str = "stochastic"  # stochastic | kahan: of updates below fp32
+    backend: str = "auto"  # the kernels: auto (the fastest that runs here) | reference | torch | cpu | triton
 
 
 @dataclass
@@ -145,6 +148,8 @@ class Config:
         return Path("data/raw") / self.preset
 
 
+FAN_IN_LIMIT = 512  # of the kernels; config.py imports no torch
+
 _CHOICES = {
     "corpus.format": ("wordnet", "xc_json", "xc_sparse", "xc_raw", "parquet"),
     "corpus.task": ("near", "relations"),
@@ -153,6 +158,9 @@ _CHOICES = {
     "head.kind": ("fixed_fan_in", "dense", "bottleneck"),
     "head.activation": ("linear", "relu"),
     "head.loss": ("bce", "squared_hinge"),
+    "head.dtype": ("fp32", "bf16", "fp8"),
+    "head.rounding": ("stochastic", "kahan"),
+    "head.backend": ("auto", "reference", "torch", "cpu", "triton"),
     "rewiring.method": ("none", "set", "rigl"),
     "rewiring.prune": ("fraction", "global", "threshold"),
     "train.precision": ("auto", "fp32", "bf16"),
@@ -293,6 +301,8 @@ def _conflicts(config: Config) -> list[str]:
             f"head.fan_in: {head.fan_in} is above the {head.intermediate} features of "
             "head.intermediate; lower the one or raise the other"
         )
+    if sparse and head.fan_in > FAN_IN_LIMIT:
+        wrong.append(f"head.fan_in: {head.fan_in} is above {FAN_IN_LIMIT}, the most that the kernels take; lower it")
     if not sparse and rewiring.method != "none":
         wrong.append(
             f"rewiring.method: {rewiring.method} needs head.kind fixed_fan_in, but it is {head.kind}; "
@@ -300,6 +310,8 @@ def _conflicts(config: Config) -> list[str]:
         )
     if not sparse and head.group != 1:
         wrong.append(f"head.group: {head.group} is for head.kind fixed_fan_in, but it is {head.kind}; set head.group to 1")
+    if not sparse and head.dtype != "fp32":
+        wrong.append(f"head.dtype: {head.dtype} is for head.kind fixed_fan_in, but it is {head.kind}; set head.dtype to fp32")
     if sparse and head.intermediate == head.fan_in and rewiring.method != "none":
         wrong.append("rewiring.method: nothing to rewire when head.fan_in equals head.intermediate; set it to none")
     if rewiring.method != "none" and rewiring.prune != "threshold" and rewiring.amount >= 1:

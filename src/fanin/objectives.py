@@ -1,4 +1,4 @@
-"""What is minimised: the two losses over all labels, and the auxiliary objective on meta-labels."""
+"""What is minimised beside the loss in the head's own step: the positives of a batch, the objective on meta-labels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-LOSSES = ("bce", "squared_hinge")
 
 
 class Positives(NamedTuple):
@@ -21,35 +19,21 @@ class Positives(NamedTuple):
     def to(self, device: torch.device | str) -> Positives:
         return Positives(self.labels.to(device), self.documents.to(device))
 
-    def ranges(self, labels: int, chunk: int) -> list[int]:
-        """Where each chunk of `chunk` labels begins in the list, and its end: one host sync a step, not one a chunk."""
-        bounds = torch.arange(0, labels + chunk, chunk, device=self.labels.device)
-        return torch.searchsorted(self.labels, bounds).tolist()
+    def valid(self, labels: int, documents: int) -> Tensor:
+        """bool []: every pair in range and in order. On the device, so that the caller decides when to wait for it."""
+        if not len(self.labels):
+            return torch.ones((), dtype=torch.bool, device=self.labels.device)
+        ordered = (self.labels[1:] >= self.labels[:-1]).all() & (self.labels[0] >= 0) & (self.labels[-1] < labels)
+        return ordered & (self.documents >= 0).all() & (self.documents < documents).all()
 
-
-def logit_gradient_(z: Tensor, rows: Tensor, columns: Tensor, loss: str, want_loss: bool) -> Tensor | None:
-    """Turn logits z [l, B] in place into dL/dz; (rows, columns) [p] are the positive places of z.
-
-    Returns the summed loss [] if `want_loss`, else None.
-    bce: log(1 + e^z) - yz with y in {0, 1}; squared_hinge: max(0, 1 - yz)^2 with y in {-1, 1}.
-    Raises ValueError for an unknown loss.
-    """
-    value = None
-    if loss == "bce":
-        if want_loss:
-            value = F.softplus(z).sum() - z[rows, columns].sum()
-        z.sigmoid_()
-        z[rows, columns] -= 1
-    elif loss == "squared_hinge":
-        positive = (1 - z[rows, columns]).clamp_(min=0)
-        z.add_(1).clamp_(min=0)
-        if want_loss:
-            value = z.square().sum() - z[rows, columns].square().sum() + positive.square().sum()
-        z.mul_(2)
-        z[rows, columns] = -2 * positive
-    else:
-        raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)}")
-    return value
+    def explain(self, labels: int, documents: int) -> None:
+        """Raise ValueError that says what `valid` found wrong."""
+        if (self.labels[1:] < self.labels[:-1]).any():
+            raise ValueError("positives: label ids must be sorted; they are not")
+        for name, values, limit in (("label", self.labels, labels), ("document", self.documents, documents)):
+            wrong = values[(values < 0) | (values >= limit)]
+            if len(wrong):
+                raise ValueError(f"positives: {name} {int(wrong[0])} is outside 0..{limit - 1}")
 
 
 class AuxiliaryObjective(nn.Module):

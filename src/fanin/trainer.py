@@ -161,21 +161,29 @@ class Trainer:
         coefficient = auxiliary.coefficient(self.step) if auxiliary is not None else 0.0
         logged = (self.step + 1) % settings.log_every == 0 or self.step + 1 == self.total
         main_loss, meta_loss, documents = 0.0, 0.0, 0
-        for _ in range(settings.accumulation):
+        for micro in range(settings.accumulation):
             batch = next(stream).to(classifier.device)
             share = 1 / (settings.accumulation * len(batch.rows))  # the loss is a mean over documents
             positives = batch.positives
             embedding = classifier.embed(batch.ids, batch.mask)
             features = classifier.project(embedding)
-            dx, loss = classifier.head.step(
-                features.detach(),
-                positives,
-                lr=settings.head_lr * factor,
-                momentum=settings.momentum,
-                weight_decay=settings.head_weight_decay,
-                scale=(1 - coefficient) * share,
-                want_loss=logged,
-            )
+            try:
+                dx, loss = classifier.head.step(
+                    features.detach(),
+                    positives,
+                    lr=settings.head_lr * factor,
+                    momentum=settings.momentum,
+                    weight_decay=settings.head_weight_decay,
+                    scale=(1 - coefficient) * share,
+                    seed=self.config.seed + self.step * settings.accumulation + micro,
+                    want_loss=logged,
+                )
+            except FloatingPointError as error:
+                raise InputError(
+                    f"step {self.step + 1}, micro-batch {micro + 1} (rows {batch.rows[:3].tolist()}... of train.arrow): the "
+                    f"encoder's output is not finite ({error}); lower train.encoder_lr ({settings.encoder_lr}); the head is "
+                    f"as it was, and earlier checkpoints are in {self.checkpoints}"
+                ) from None
             outputs: list[Tensor] = [features]
             gradients: list[Tensor | None] = [dx.mul_((1 - coefficient) * share)]
             if auxiliary is not None:

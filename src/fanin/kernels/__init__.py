@@ -1,30 +1,58 @@
-"""The fixed fan-in arithmetic. One small face; the implementations lie beside it.
+"""The fixed fan-in arithmetic: one small face (`Backend`), its implementations beside it, and one place that chooses.
 
-z[l, b] = bias[l] + sum_k weight[l, k] * x[index[l // G, k], b], for a chunk of labels at a time. Activations travel
-transposed ([D, B], a feature a row), so that what a label reads is a run of whole rows.
-
-`reference` is the semantics in plain torch; `bag` computes the same with torch's embedding-bag kernels, which never
-write out the gathered features. They hold three functions each:
-
-    forward(xt, weight, index, group) -> z [l, B]
-    weight_gradient(xt, g, index, group) -> [l, K]
-    add_input_gradient(dxt, g, weight, index, group) -> None, adds to dxt [D, B]
+`reference` is the semantics in plain torch; `cpu` is C++, compiled on first use; `triton` is for GPUs; `torch` is what is
+left where the last two cannot run. This package imports torch and triton alone, and triton only when it is asked for.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
+import warnings
 
-from fanin.kernels import bag, reference
+import torch
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "bag": bag}
+from fanin.kernels.bag import Bag
+from fanin.kernels.layer import Backend, Layer, Unavailable, Update
+from fanin.kernels.reference import Reference
+
+__all__ = ["BACKENDS", "Backend", "Layer", "Unavailable", "Update", "backend"]
+
+BACKENDS = ("reference", "torch", "cpu", "triton")
 
 
-def backend(name: str = "auto") -> ModuleType:
-    """The implementation called `name`; `auto` is the fastest that runs here. Raises ValueError for an unknown name."""
+@functools.cache
+def _load(name: str) -> Backend:
+    if name == "cpu":
+        from fanin.kernels.cpu import Cpu
+
+        return Cpu()
+    if name == "triton":
+        from fanin.kernels.triton import Triton
+
+        return Triton()
+    return Bag() if name == "torch" else Reference()
+
+
+def backend(name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Backend:
+    """The implementation called `name` for weights of `dtype` on `device`; `auto` is the fastest that runs there.
+
+    Raises ValueError for an unknown name and Unavailable, with the reason, for one that cannot run here.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"kernel backend {name!r} is not one of auto, {', '.join(BACKENDS)}")
+    kind = torch.device(device).type
     if name == "auto":
-        return bag
+        return _fastest(kind) if dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn) else _load("torch")
+    return _load(name)
+
+
+@functools.cache
+def _fastest(kind: str) -> Backend:
+    wanted = {"cpu": "cpu", "cuda": "triton"}.get(kind)
+    if wanted is None:
+        return _load("torch")
     try:
-        return BACKENDS[name]
-    except KeyError:
-        raise ValueError(f"kernel backend {name!r} is not one of auto, {', '.join(BACKENDS)}") from None
+        return _load(wanted)
+    except Unavailable as reason:
+        warnings.warn(f"{reason}; falling back to slower kernels in plain torch", RuntimeWarning, stacklevel=3)
+        return _load("torch")

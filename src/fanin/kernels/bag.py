@@ -1,8 +1,8 @@
 """The fixed fan-in arithmetic through torch's embedding-bag kernels (G = 1) and batched matrix products (G > 1).
 
-A label is a bag of K features with weights, so the logits are a weighted embedding bag over xt; dx is the same with
-the roles turned: a feature is a bag of the labels that read it. Nothing of size [l, K, B] is written for G = 1.
-Shapes as in reference.py. Deterministic on a CPU: every sum has a fixed order.
+For machines where neither the compiled CPU kernels nor Triton can run. A label is a bag of K features with weights, so the
+logits are a weighted embedding bag over xt; dx is the same with the roles turned: a feature is a bag of the labels that
+read it. Nothing of size [l, K, B] is written for G = 1. Deterministic on a CPU: every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -11,40 +11,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def forward(xt: Tensor, weight: Tensor, index: Tensor, group: int = 1) -> Tensor:
-    """z [l, B] without the bias."""
-    if group == 1:
-        return F.embedding_bag(index.to(torch.int32), xt, per_sample_weights=weight, mode="sum")
-    gathered, blocks = _gathered(xt, index), _blocks(weight, group)
-    return torch.bmm(blocks, gathered).flatten(0, 1)[: len(weight)]
+from fanin.kernels.reference import Reference
 
 
-def weight_gradient(xt: Tensor, g: Tensor, index: Tensor, group: int = 1) -> Tensor:
-    """dL/dweight [l, K] from g = dL/dz [l, B]."""
-    labels, fan_in = len(g), index.shape[1]
-    if group == 1:
-        offsets = torch.arange(0, labels * fan_in, fan_in, device=g.device)
-        bags = torch.arange(labels, device=g.device).repeat_interleave(fan_in)
-        flat = index.reshape(-1).to(torch.int64)
-        # mode 0 is "sum"; this is what autograd calls for per_sample_weights
-        gradient = torch.ops.aten._embedding_bag_per_sample_weights_backward(g, xt, flat, offsets, bags, 0)
-        return gradient.view(labels, fan_in)
-    return torch.bmm(_blocks(g, group), _gathered(xt, index).transpose(1, 2)).flatten(0, 1)[:labels]
+class Bag(Reference):
+    name = "torch"
 
+    def forward(self, xt: Tensor, weight: Tensor, index: Tensor, group: int) -> Tensor:
+        if group == 1:
+            return F.embedding_bag(index.to(torch.int32), xt, per_sample_weights=weight, mode="sum")
+        gathered, blocks = _gathered(xt, index), _blocks(weight, group)
+        return torch.bmm(blocks, gathered).flatten(0, 1)[: len(weight)]
 
-def add_input_gradient(dxt: Tensor, g: Tensor, weight: Tensor, index: Tensor, group: int = 1) -> None:
-    """Add dL/dxt to dxt [D, B]."""
-    flat = index.reshape(-1).to(torch.int32)
-    features, position = flat.sort(stable=True)
-    offsets = torch.searchsorted(features, torch.arange(len(dxt), device=dxt.device, dtype=torch.int32))
-    if group == 1:
-        source, weights = g, weight.reshape(-1)[position]
-        position = position.div_(weight.shape[1], rounding_mode="floor")
-    else:
-        source = torch.bmm(_blocks(weight, group).transpose(1, 2), _blocks(g, group)).flatten(0, 1)
-        weights = torch.ones(len(position), dtype=g.dtype, device=g.device)
-    dxt += F.embedding_bag(position, source, offsets=offsets, per_sample_weights=weights, mode="sum")
+    def weight_gradient(self, xt: Tensor, g: Tensor, index: Tensor, group: int) -> Tensor:
+        labels, fan_in = len(g), index.shape[1]
+        if group == 1:
+            offsets = torch.arange(0, labels * fan_in, fan_in, device=g.device)
+            bags = torch.arange(labels, device=g.device).repeat_interleave(fan_in)
+            flat = index.reshape(-1).to(torch.int64)
+            # mode 0 is "sum"; this is what autograd calls for per_sample_weights
+            gradient = torch.ops.aten._embedding_bag_per_sample_weights_backward(g, xt, flat, offsets, bags, 0)
+            return gradient.view(labels, fan_in)
+        return torch.bmm(_blocks(g, group), _gathered(xt, index).transpose(1, 2)).flatten(0, 1)[:labels]
+
+    def add_input_gradient(self, dxt: Tensor, g: Tensor, weight: Tensor, index: Tensor, group: int) -> None:
+        flat = index.reshape(-1).to(torch.int32)
+        features, position = flat.sort(stable=True)
+        offsets = torch.searchsorted(features, torch.arange(len(dxt), device=dxt.device, dtype=torch.int32))
+        if group == 1:
+            source, weights = g, weight.reshape(-1)[position]
+            position = position.div_(weight.shape[1], rounding_mode="floor")
+        else:
+            source = torch.bmm(_blocks(weight, group).transpose(1, 2), _blocks(g, group)).flatten(0, 1)
+            weights = torch.ones(len(position), dtype=g.dtype, device=g.device)
+        dxt += F.embedding_bag(position, source, offsets=offsets, per_sample_weights=weights, mode="sum")
 
 
 def _gathered(xt: Tensor, index: Tensor) -> Tensor:

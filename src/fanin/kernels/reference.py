@@ -1,13 +1,16 @@
 """The fixed fan-in arithmetic in plain torch: what every other implementation is tested against.
 
-Shapes: xt, dxt [D, B]; weight [l, K]; index [ceil(l / G), K], integers of any width, G = group; g, z [l, B].
-It writes out the gathered features [l, K, B], so it is for small chunks.
+Labels go by in chunks. Within a chunk activations are transposed (xt, dxt [D, B]; g, z [l, B]), so that what a label reads
+is a run of whole rows. It writes out the gathered features [l, K, B]. Any float type, any device, integers of any width.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fanin.kernels.layer import Backend, Layer, Update, decode
 
 
 def expand(index: Tensor, labels: int, group: int) -> Tensor:
@@ -16,19 +19,134 @@ def expand(index: Tensor, labels: int, group: int) -> Tensor:
     return index if group == 1 else index.repeat_interleave(group, dim=0)[:labels]
 
 
-def forward(xt: Tensor, weight: Tensor, index: Tensor, group: int = 1) -> Tensor:
-    """z [l, B] without the bias."""
-    gathered = xt[expand(index, len(weight), group)]
-    return torch.einsum("lk,lkb->lb", weight, gathered)
+class Reference(Backend):
+    name = "reference"
+
+    # The arithmetic of one chunk; a subclass may do it faster ---------------------------------------------------------
+
+    def forward(self, xt: Tensor, weight: Tensor, index: Tensor, group: int) -> Tensor:
+        """z [l, B] without the bias."""
+        return torch.einsum("lk,lkb->lb", weight, xt[expand(index, len(weight), group)])
+
+    def weight_gradient(self, xt: Tensor, g: Tensor, index: Tensor, group: int) -> Tensor:
+        """dL/dweight [l, K] from g = dL/dz [l, B]."""
+        return torch.einsum("lb,lkb->lk", g, xt[expand(index, len(g), group)])
+
+    def add_input_gradient(self, dxt: Tensor, g: Tensor, weight: Tensor, index: Tensor, group: int) -> None:
+        """Add dL/dxt to dxt [D, B]."""
+        rows = expand(index, len(weight), group).reshape(-1)
+        dxt.index_add_(0, rows, (weight.unsqueeze(2) * g.unsqueeze(1)).reshape(len(rows), -1))
+
+    # The whole -----------------------------------------------------------------------------------------------------
+
+    def chunk(self, layer: Layer, batch: int) -> int:
+        """Labels worked on at once: about 1 MiB of logits on a CPU (it stays in the cache), 64 MiB on a GPU."""
+        budget = 2**18 if layer.weight.device.type == "cpu" else 2**24
+        size = min(max(budget // max(batch, 1), 256), 2**16)
+        return -(-size // layer.group) * layer.group
+
+    def step(
+        self,
+        x: Tensor,
+        layer: Layer,
+        labels: Tensor,
+        documents: Tensor,
+        update: Update,
+        loss: str = "bce",
+        want_loss: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        xt = _transposed(x, layer)
+        dxt = torch.zeros_like(xt)
+        chunk = self.chunk(layer, len(x))
+        ranges = tile_ranges(labels, layer.labels, chunk).tolist()
+        losses = []
+        for i, part in enumerate(layer.parts(chunk)):
+            own = slice(ranges[i], ranges[i + 1])
+            weight = _computed(part.weight)
+            z = self.forward(xt, weight, part.index, part.group)
+            if part.bias is not None:
+                z += part.bias[:, None]
+            rows = labels[own] - (part.first - layer.first)
+            losses.append(logit_gradient_(z, rows, documents[own], loss, want_loss))
+            self.add_input_gradient(dxt, z, weight, part.index, part.group)
+            update.apply_rounded(part, self.weight_gradient(xt, z, part.index, part.group))
+            if part.bias is not None:
+                update.apply(part.bias, z.sum(1), part.bias_momentum, decay=False)
+        total = torch.stack([value.double() for value in losses if value is not None]).sum() if want_loss else None
+        return dxt.t().contiguous().to(x.dtype), total
+
+    def logits(self, x: Tensor, layer: Layer) -> Tensor:
+        xt = _transposed(x, layer)
+        z = x.new_empty(len(x), layer.labels)
+        for part in layer.parts(self.chunk(layer, len(x))):
+            place = part.first - layer.first
+            zt = self.forward(xt, _computed(part.weight), part.index, part.group)
+            z[:, place : place + part.labels] = (zt if part.bias is None else zt + part.bias[:, None]).t()
+        return z
+
+    def gradients(
+        self, x: Tensor, g: Tensor, layer: Layer, need_x: bool = True, need_weight: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        xt = _transposed(x, layer)
+        dxt = torch.zeros_like(xt) if need_x else None
+        weight = x.new_empty(layer.weight.shape) if need_weight else None
+        for part in layer.parts(self.chunk(layer, len(x))):
+            place = slice(part.first - layer.first, part.first - layer.first + part.labels)
+            gt = g[:, place].t().to(xt.dtype).contiguous()
+            if dxt is not None:
+                self.add_input_gradient(dxt, gt, _computed(part.weight), part.index, part.group)
+            if weight is not None:
+                weight[place] = self.weight_gradient(xt, gt, part.index, part.group).to(weight.dtype)
+        return (None if dxt is None else dxt.t().contiguous().to(x.dtype)), weight
+
+    def topk(self, x: Tensor, layer: Layer, k: int) -> tuple[Tensor, Tensor]:
+        scores = x.new_empty(len(x), 0)
+        labels = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
+        for part in layer.parts(max(self.chunk(layer, len(x)), 4 * k)):
+            top, where = self.logits(x, part).topk(min(k, part.labels), dim=1)
+            scores, labels = torch.cat([scores, top], 1), torch.cat([labels, where + (part.first - layer.first)], 1)
+            scores, keep = scores.topk(min(k, scores.shape[1]), dim=1)
+            labels = labels.gather(1, keep)
+        return scores, labels
 
 
-def weight_gradient(xt: Tensor, g: Tensor, index: Tensor, group: int = 1) -> Tensor:
-    """dL/dweight [l, K] from g = dL/dz [l, B]."""
-    gathered = xt[expand(index, len(g), group)]
-    return torch.einsum("lb,lkb->lk", g, gathered)
+def _computed(weight: Tensor) -> Tensor:
+    """The weights in the type of the arithmetic."""
+    return weight if weight.dtype in (torch.float32, torch.float64) else decode(weight)
 
 
-def add_input_gradient(dxt: Tensor, g: Tensor, weight: Tensor, index: Tensor, group: int = 1) -> None:
-    """Add dL/dxt to dxt [D, B]."""
-    rows = expand(index, len(weight), group).reshape(-1)
-    dxt.index_add_(0, rows, (weight.unsqueeze(2) * g.unsqueeze(1)).reshape(len(rows), -1))
+def _transposed(x: Tensor, layer: Layer) -> Tensor:
+    """x [B, D] -> [D, B] in the type of the arithmetic: float64 for float64 weights, else float32."""
+    wide = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+    return x.detach().t().to(wide).contiguous()
+
+
+def tile_ranges(labels: Tensor, total: int, tile: int) -> Tensor:
+    """Where the positives of each tile of `tile` labels begin in the sorted list, and its end: int64 [tiles + 1]."""
+    bounds = torch.arange(0, -(-total // tile) + 1, device=labels.device) * tile
+    return torch.searchsorted(labels, bounds)
+
+
+def logit_gradient_(z: Tensor, rows: Tensor, columns: Tensor, loss: str, want_loss: bool) -> Tensor | None:
+    """Turn logits z [l, B] in place into dL/dz; (rows, columns) [p] are the positive places of z.
+
+    Returns the summed loss [] if `want_loss`, else None.
+    bce: log(1 + e^z) - yz with y in {0, 1}; squared_hinge: max(0, 1 - yz)^2 with y in {-1, 1}.
+    Raises ValueError for an unknown loss.
+    """
+    value = None
+    if loss == "bce":
+        if want_loss:
+            value = F.softplus(z).sum() - z[rows, columns].sum()
+        z.sigmoid_()
+        z[rows, columns] -= 1
+    elif loss == "squared_hinge":
+        positive = (1 - z[rows, columns]).clamp_(min=0)
+        z.add_(1).clamp_(min=0)
+        if want_loss:
+            value = z.square().sum() - z[rows, columns].square().sum() + positive.square().sum()
+        z.mul_(2)
+        z[rows, columns] = -2 * positive
+    else:
+        raise ValueError(f"loss {loss!r} is not one of bce, squared_hinge")
+    return value

@@ -1,0 +1,38 @@
+"""The output layer with its own update rule. All heads share one protocol (`Head`), so the trainer knows none of them by name.
+
+State lives in buffers; autograd sees none of it. The rows of a head are labels in the head's own order (see
+`model.Classifier.order`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fanin.heads.dense import Bottleneck, Dense
+from fanin.heads.fixed_fan_in import FixedFanIn, index_dtype
+from fanin.heads.head import Head
+
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+__all__ = ["STORED", "Bottleneck", "Dense", "FixedFanIn", "Head", "build_head", "index_dtype"]
+
+
+def build_head(settings: Any, labels: int, width: int, generator: torch.Generator | None = None) -> Head:
+    """The head that `config.Head` describes, with a random start. Raises InputError where it cannot be built."""
+    if settings.kind == "dense":
+        return Dense(labels, width, settings.loss, generator)
+    if settings.kind == "bottleneck":
+        return Bottleneck(labels, width, settings.bottleneck, settings.loss, generator)
+    return FixedFanIn(
+        labels,
+        width,
+        settings.fan_in,
+        settings.group,
+        settings.loss,
+        generator,
+        dtype=STORED[settings.dtype],
+        rounding=settings.rounding,
+        backend=settings.backend,
+    )

@@ -1,0 +1,116 @@
+"""The dense rivals: a weight for each label and feature, and the same behind a low-rank projection."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fanin.files import InputError
+from fanin.heads.head import Head
+from fanin.kernels import Update
+from fanin.kernels.reference import logit_gradient_, tile_ranges
+from fanin.objectives import Positives
+
+
+class Dense(Head):
+    """One weight for each label and feature: z = W x + b.
+
+    It never holds logits or gradients of all labels: `step` walks over chunks of labels, makes their logits, turns them into
+    gradients in place, adds to dx, updates the chunk's weights and moves on.
+    """
+
+    weight: Tensor
+
+    def __init__(self, labels: int, width: int, loss: str = "bce", generator: torch.Generator | None = None) -> None:
+        super().__init__(labels, width, loss)
+        bound = 1 / math.sqrt(width)
+        self.register_buffer("weight", torch.empty(labels, width).uniform_(-bound, bound, generator=generator))
+        self.prepare_training(0.0)
+
+    def _momenta(self) -> list[tuple[str, Tensor, torch.dtype]]:
+        return [("momentum", self.weight, self.weight.dtype), ("bias_momentum", self.bias, self.bias.dtype)]
+
+    def chunk(self, batch: int) -> int:
+        """Labels worked on at once: about 1 MiB of logits on a CPU (it stays in the cache), 64 MiB on a GPU."""
+        budget = 2**18 if self.bias.device.type == "cpu" else 2**24
+        return min(max(budget // max(batch, 1), 256), 2**16)
+
+    def _step(self, x: Tensor, positives: Positives, update: Update, want_loss: bool) -> tuple[Tensor, Tensor | None]:
+        xt = x.t().contiguous()
+        dxt = torch.zeros_like(xt)
+        chunk = self.chunk(len(x))
+        ranges = tile_ranges(positives.labels, self.labels, chunk).tolist()
+        losses = []
+        for i, start in enumerate(range(0, self.labels, chunk)):
+            rows, own = slice(start, min(start + chunk, self.labels)), slice(ranges[i], ranges[i + 1])
+            weight = self.weight[rows]
+            g = torch.addmm(self.bias[rows, None], weight, xt)
+            losses.append(logit_gradient_(g, positives.labels[own] - start, positives.documents[own], self.loss, want_loss))
+            dxt.addmm_(weight.t(), g)
+            update.apply(weight, g @ xt.t(), _part(self.momentum, rows))
+            update.apply(self.bias[rows], g.sum(1), _part(self.bias_momentum, rows), decay=False)
+            del g  # before the next chunk's is made
+        total = torch.stack([value.double() for value in losses if value is not None]).sum() if want_loss else None
+        return dxt.t().contiguous(), total
+
+    @torch.no_grad()
+    def logits(self, x: Tensor, start: int, stop: int) -> Tensor:
+        return self._part_logits(self._read(x), start, stop)
+
+    def _read(self, x: Tensor) -> Tensor:
+        """What `weight` is multiplied with."""
+        return x
+
+    def _part_logits(self, y: Tensor, start: int, stop: int) -> Tensor:
+        return torch.addmm(self.bias[start:stop], y, self.weight[start:stop].t())
+
+    def _topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        y, scores = self._read(x), x.new_empty(len(x), 0)
+        rows = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
+        size = max(self.chunk(len(x)), 4 * k)
+        for start in range(0, self.labels, size):
+            z = self._part_logits(y, start, min(start + size, self.labels))
+            top, where = z.topk(min(k, z.shape[1]), dim=1)
+            scores, rows = torch.cat([scores, top], 1), torch.cat([rows, where + start], 1)
+            scores, keep = scores.topk(min(k, scores.shape[1]), dim=1)
+            rows = rows.gather(1, keep)
+        return scores, rows
+
+
+class Bottleneck(Dense):
+    """A dense head of rank R: z = W (P x) + b, the dense rival of the same memory as a sparse one."""
+
+    projection: Tensor
+    projection_momentum: Tensor | None
+
+    def __init__(self, labels: int, width: int, rank: int, loss: str = "bce", generator: torch.Generator | None = None) -> None:
+        if rank > width:
+            raise InputError(f"head.bottleneck: {rank} is above the {width} features it reads; lower it")
+        bound = 1 / math.sqrt(width)
+        projection = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
+        super().__init__(labels, rank, loss, generator)
+        self.width = width
+        self.register_buffer("projection", projection)
+        self.prepare_training(0.0)
+
+    def _momenta(self) -> list[tuple[str, Tensor, torch.dtype]]:
+        own = super()._momenta()
+        if "projection" not in self._buffers:
+            return own
+        return [*own, ("projection_momentum", self.projection, self.projection.dtype)]
+
+    def _step(self, x: Tensor, positives: Positives, update: Update, want_loss: bool) -> tuple[Tensor, Tensor | None]:
+        """The projection is updated after all labels gave their part of its gradient."""
+        dy, loss = super()._step(self._read(x), positives, update, want_loss)
+        dx = dy @ self.projection
+        update.apply(self.projection, dy.t() @ x, self.projection_momentum)
+        return dx, loss
+
+    def _read(self, x: Tensor) -> Tensor:
+        return x @ self.projection.t()
+
+
+def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]

@@ -1,0 +1,609 @@
+// The fixed fan-in layer on a CPU, label by label (G = 1) or group by group, all in one pass.
+//
+// The batch is cut into panels of up to 64 documents. A panel of activations lies feature by feature, [D][64] floats, so a
+// feature that a label reads is four cache lines in a row. For each label: logits from K rows, their gradient in registers,
+// then its part of dW and dx while the rows are still in the first-level cache, then the update in place.
+//
+// Labels are cut into slices, a number that depends on the shapes alone; each slice sums into a dx of its own, and these are
+// added in order. So the result does not depend on how many threads there are.
+//
+// Vectors are the compiler's own vector extension: 16 floats, one AVX-512 register, two AVX or four NEON ones.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16, PANEL = 64;
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+
+enum Mode : int64_t { STEP = 0, LOGITS = 1, GRADIENTS = 2, MAXIMA = 3 };
+enum Loss : int64_t { BCE = 0, SQUARED_HINGE = 1 };
+enum Type : int64_t { NONE = 0, FLOAT32 = 1, BFLOAT16 = 2, FLOAT8 = 3, UINT16 = 4, INT32 = 5 };
+
+inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+inline void save(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+inline vf splat(float s) { return s - vf{}; }
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+inline vf min(vf a, vf b) { return a < b ? a : b; }
+inline float bits_to_float(uint32_t b) { float f; std::memcpy(&f, &b, sizeof f); return f; }
+inline uint32_t float_to_bits(float f) { uint32_t b; std::memcpy(&b, &f, sizeof b); return b; }
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
+
+inline float total(vf v) {
+    float lane[LANES], s[8];
+    save(lane, v);
+    for (int i = 0; i < 8; i++) s[i] = lane[i] + lane[i + 8];
+    for (int i = 0; i < 4; i++) s[i] += s[i + 4];
+    return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+// Lane j of the result is the sum of a[j]'s lanes.
+inline vf totals(const vf* a) {
+    vf b[8], c[4], d[2];
+    for (int i = 0; i < 8; i++)
+        b[i] = SHUFFLE(a[2 * i], a[2 * i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+               SHUFFLE(a[2 * i], a[2 * i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    for (int i = 0; i < 4; i++)
+        c[i] = SHUFFLE(b[2 * i], b[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               SHUFFLE(b[2 * i], b[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    for (int i = 0; i < 2; i++)
+        d[i] = SHUFFLE(c[2 * i], c[2 * i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               SHUFFLE(c[2 * i], c[2 * i + 1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    return SHUFFLE(d[0], d[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           SHUFFLE(d[0], d[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+inline void transpose(vf* a) {
+    vf b[16];
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = SHUFFLE(a[i], a[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+        b[i + 1] = SHUFFLE(a[i], a[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = i; j < i + 2; j++) {
+            a[j] = SHUFFLE(b[j], b[j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+            a[j + 2] = SHUFFLE(b[j], b[j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = i; j < i + 4; j++) {
+            b[j] = SHUFFLE(a[j], a[j + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+            b[j + 4] = SHUFFLE(a[j], a[j + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+        }
+    for (int j = 0; j < 8; j++) {
+        a[j] = SHUFFLE(b[j], b[j + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        a[j + 8] = SHUFFLE(b[j], b[j + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+}
+
+// e^x to about 1e-7, relative; x in [-87, 87].
+inline vf exponential(vf x) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    x = max(min(x, splat(87.0f)), splat(-87.0f));
+    vf shifted = x * 1.44269504f + magic;
+    vf n = shifted - magic;
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+    vf p = r * (1.0f / 5040) + (1.0f / 720);
+    p = p * r + (1.0f / 120);
+    p = p * r + (1.0f / 24);
+    p = p * r + (1.0f / 6);
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    vi exponent = ((vi)shifted - (vi)splat(magic)) << 23;
+    return (vf)((vi)p + exponent);
+}
+
+inline vf sigmoid(vf z) { return 1.0f / (1.0f + exponential(-z)); }
+
+// log(1 + e^z) = max(z, 0) + 2 artanh(t / (2 + t)) with t = e^-|z|, to about 1e-7, relative
+inline vf softplus(vf z) {
+    vf t = exponential(z > 0 ? -z : z);
+    vf s = t / (2.0f + t), q = s * s;
+    vf p = q * (1.0f / 15) + (1.0f / 13);
+    p = p * q + (1.0f / 11);
+    p = p * q + (1.0f / 9);
+    p = p * q + (1.0f / 7);
+    p = p * q + (1.0f / 5);
+    p = p * q + (1.0f / 3);
+    p = p * q + 1.0f;
+    return max(z, vf{}) + 2.0f * s * p;
+}
+
+// Storage below float32; the random bits are those of fanin.kernels.layer.random_bits -----------------------------------
+
+inline uint32_t random_bits(uint32_t seed, uint64_t place) {
+    uint32_t h = (uint32_t(place) * 0x9E3779B1u) ^ (uint32_t(place >> 32) * 0x85EBCA77u) ^ seed;
+    h = (h ^ h >> 16) * 0x85EBCA6Bu;
+    h = (h ^ h >> 13) * 0xC2B2AE35u;
+    return h ^ h >> 16;
+}
+
+inline float from_float8(uint8_t code) {
+    uint32_t size = code & 0x7F, sign = uint32_t(code & 0x80) << 24;
+    float low = float(size) * 0x1p-9f;  // subnormal
+    uint32_t b = size < 8 ? float_to_bits(low) : (size << 20) + (120u << 23);
+    return bits_to_float(b | sign);
+}
+
+// noise: 20 random bits, or 1 << 19 for rounding to nearest (away from zero on a tie)
+inline uint8_t to_float8(float value, uint32_t noise) {
+    uint32_t b = float_to_bits(value), size = b & 0x7FFFFFFFu;
+    uint32_t normal = ((size + noise) >> 20) - (120u << 3);
+    uint32_t low = uint32_t(std::fabs(value) * 512.0f + float(noise) * 0x1p-20f);
+    uint32_t code = size < (121u << 23) ? low : normal;
+    return uint8_t((code < 0x7E ? code : 0x7E) | (b >> 24 & 0x80));
+}
+
+inline uint8_t to_float8_nearest(float value) {
+    uint32_t b = float_to_bits(value), size = b & 0x7FFFFFFFu;
+    uint32_t normal = ((size + 0x7FFFFu + (size >> 20 & 1)) >> 20) - (120u << 3);
+    uint32_t low = uint32_t(std::nearbyint(std::fabs(value) * 512.0f));
+    uint32_t code = size < (121u << 23) ? low : normal;
+    return uint8_t((code < 0x7E ? code : 0x7E) | (b >> 24 & 0x80));
+}
+
+inline uint16_t to_bfloat16_nearest(float value) {
+    uint32_t b = float_to_bits(value);
+    return uint16_t((b + 0x7FFF + (b >> 16 & 1)) >> 16);
+}
+
+struct Job {
+    int64_t mode, threads;
+    int64_t labels, features, fan_in, group, batch, first, slices, tile;
+    const float* x;  // panels
+    float* dx;       // [slices][like x], zeros; null where not wanted
+    void* weight;
+    int64_t weight_type;
+    const void* index;
+    int64_t index_type;
+    float* bias;
+    void* momentum;
+    int64_t momentum_type;
+    float* bias_momentum;
+    uint16_t* compensation;
+    const int64_t* positive_labels;
+    const int64_t* positive_documents;
+    int64_t positives;
+    int64_t loss;
+    double* losses;  // [slices], null where not wanted
+    float* z;        // [L][B] out for LOGITS, dL/dz in for GRADIENTS; [tiles][B] out for MAXIMA
+    float* dweight;  // [L][K] for GRADIENTS, null where not wanted
+    float lr, momentum_factor, decay, scale;
+    uint32_t weight_seed, momentum_seed;
+};
+
+void decode(const void* stored, int64_t type, int64_t at, int64_t n, float* out) {
+    if (type == FLOAT32) {
+        std::memcpy(out, static_cast<const float*>(stored) + at, n * sizeof(float));
+    } else if (type == BFLOAT16) {
+        const uint16_t* from = static_cast<const uint16_t*>(stored) + at;
+        for (int64_t i = 0; i < n; i++) out[i] = bits_to_float(uint32_t(from[i]) << 16);
+    } else {
+        const uint8_t* from = static_cast<const uint8_t*>(stored) + at;
+        for (int64_t i = 0; i < n; i++) out[i] = from_float8(from[i]);
+    }
+}
+
+void encode(void* stored, int64_t type, int64_t at, int64_t n, const float* values, uint32_t seed, uint64_t place) {
+    if (type == FLOAT32) {
+        std::memcpy(static_cast<float*>(stored) + at, values, n * sizeof(float));
+    } else if (type == BFLOAT16) {
+        uint16_t* to = static_cast<uint16_t*>(stored) + at;
+        for (int64_t i = 0; i < n; i++)
+            to[i] = uint16_t((float_to_bits(values[i]) + (random_bits(seed, place + i) & 0xFFFF)) >> 16);
+    } else {
+        uint8_t* to = static_cast<uint8_t*>(stored) + at;
+        for (int64_t i = 0; i < n; i++) to[i] = to_float8(values[i], random_bits(seed, place + i) & 0xFFFFF);
+    }
+}
+
+void indices(const void* stored, int64_t type, int64_t at, int64_t n, int32_t* out) {
+    if (type == UINT16) {
+        const uint16_t* from = static_cast<const uint16_t*>(stored) + at;
+        for (int64_t i = 0; i < n; i++) out[i] = from[i];
+    } else {
+        std::memcpy(out, static_cast<const int32_t*>(stored) + at, n * sizeof(int32_t));
+    }
+}
+
+// SGD for one label's row; `gradient` is overwritten, `old` are the decoded weights.
+void update_row(const Job& job, int64_t label, const float* __restrict old, float* __restrict gradient) {
+    const int64_t n = job.fan_in, at = label * n;
+    const uint64_t place = uint64_t(job.first + label) * uint64_t(n);
+    for (int64_t i = 0; i < n; i++) gradient[i] = gradient[i] * job.scale + job.decay * old[i];
+    if (job.momentum_type == FLOAT32) {
+        float* m = static_cast<float*>(job.momentum) + at;
+        for (int64_t i = 0; i < n; i++) gradient[i] = m[i] = gradient[i] + job.momentum_factor * m[i];
+    } else if (job.momentum_type != NONE) {
+        const uint16_t* m = static_cast<const uint16_t*>(job.momentum) + at;
+        for (int64_t i = 0; i < n; i++) gradient[i] += job.momentum_factor * bits_to_float(uint32_t(m[i]) << 16);
+        encode(job.momentum, job.momentum_type, at, n, gradient, job.momentum_seed, place);
+    }
+    if (job.compensation) {
+        uint16_t* lost = job.compensation + at;
+        for (int64_t i = 0; i < n; i++) {
+            float change = bits_to_float(uint32_t(lost[i]) << 16) - job.lr * gradient[i], stored;
+            if (job.weight_type == BFLOAT16) {
+                uint16_t code = to_bfloat16_nearest(old[i] + change);
+                static_cast<uint16_t*>(job.weight)[at + i] = code;
+                stored = bits_to_float(uint32_t(code) << 16);
+            } else {
+                uint8_t code = to_float8_nearest(old[i] + change);
+                static_cast<uint8_t*>(job.weight)[at + i] = code;
+                stored = from_float8(code);
+            }
+            lost[i] = to_bfloat16_nearest(change - (stored - old[i]));
+        }
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) gradient[i] = old[i] - job.lr * gradient[i];
+    encode(job.weight, job.weight_type, at, n, gradient, job.weight_seed, place);
+}
+
+void update_bias(const Job& job, int64_t label, float gradient) {
+    gradient *= job.scale;
+    if (job.bias_momentum) gradient = job.bias_momentum[label] = gradient + job.momentum_factor * job.bias_momentum[label];
+    job.bias[label] -= job.lr * gradient;
+}
+
+// One panel of one label ---------------------------------------------------------------------------------------------
+
+struct Range {
+    int64_t begin, end;  // of a label's positives in the list
+};
+
+// z in, dL/dz out; columns from `width` on are not documents and get 0. Returns the loss if asked.
+template <int NV>
+double logit_gradient(const Job& job, float* z, int64_t column, int64_t width, Range positives, bool want_loss) {
+    float g[NV * LANES], values[NV * LANES];
+    for (int v = 0; v < NV; v++) {
+        vf own = load(z + v * LANES), margin = max(own + 1.0f, vf{});
+        save(g + v * LANES, job.loss == BCE ? sigmoid(own) : 2.0f * margin);
+        if (want_loss) save(values + v * LANES, job.loss == BCE ? softplus(own) : margin * margin);
+    }
+    for (int64_t p = positives.begin; p < positives.end; p++) {
+        int64_t place = job.positive_documents[p] - column;
+        if (place < 0 || place >= width) continue;
+        float below = std::fmax(1.0f - z[place], 0.0f);
+        g[place] = job.loss == BCE ? g[place] - 1.0f : -2.0f * below;
+        if (want_loss) values[place] = job.loss == BCE ? softplus(splat(-z[place]))[0] : below * below;
+    }
+    for (int64_t i = width; i < NV * LANES; i++) g[i] = values[i] = 0;
+    for (int v = 0; v < NV; v++) save(z + v * LANES, load(g + v * LANES));
+    if (!want_loss) return 0;
+    vf sum = load(values);
+    for (int v = 1; v < NV; v++) sum += load(values + v * LANES);
+    return double(total(sum));
+}
+
+template <int NV>
+void single_logits(const float* x, const int32_t* index, const float* weight, int64_t n, float bias, float* z) {
+    vf even[NV], odd[NV];
+    for (int v = 0; v < NV; v++) even[v] = splat(bias), odd[v] = vf{};
+    int64_t k = 0;
+    for (; k + 2 <= n; k += 2) {
+        const float *one = x + int64_t(index[k]) * (NV * LANES), *two = x + int64_t(index[k + 1]) * (NV * LANES);
+        for (int v = 0; v < NV; v++) even[v] += weight[k] * load(one + v * LANES);
+        for (int v = 0; v < NV; v++) odd[v] += weight[k + 1] * load(two + v * LANES);
+    }
+    if (k < n)
+        for (int v = 0; v < NV; v++) even[v] += weight[k] * load(x + int64_t(index[k]) * (NV * LANES) + v * LANES);
+    for (int v = 0; v < NV; v++) save(z + v * LANES, even[v] + odd[v]);
+}
+
+template <int NV, bool DX, bool DW>
+void single_gradients(const float* x, float* dx, const int32_t* index, const float* weight, int64_t n, const float* z, float* dw) {
+    vf g[NV];
+    for (int v = 0; v < NV; v++) g[v] = load(z + v * LANES);
+    for (int64_t k = 0; k < n; k += LANES) {
+        vf sums[LANES];
+        int64_t stop = n - k < LANES ? n - k : LANES;
+        auto one = [&](int64_t j) {
+            int64_t row = int64_t(index[k + j]) * (NV * LANES);
+            if (DW) {
+                vf sum = g[0] * load(x + row);
+                for (int v = 1; v < NV; v++) sum += g[v] * load(x + row + v * LANES);
+                sums[j] = sum;
+            }
+            if (DX)
+                for (int v = 0; v < NV; v++) {
+                    float* to = dx + row + v * LANES;
+                    save(to, load(to) + weight[k + j] * g[v]);
+                }
+        };
+        if (stop == LANES) {
+#pragma GCC unroll 16
+            for (int64_t j = 0; j < LANES; j++) one(j);
+            if (DW) save(dw + k, load(dw + k) + totals(sums));
+        } else {
+            for (int64_t j = 0; j < stop; j++) one(j);
+            if (DW)
+                for (int64_t j = 0; j < stop; j++) dw[k + j] += total(sums[j]);
+        }
+    }
+}
+
+// One panel of one group: small dense products on the K rows that its labels share ----------------------------------------
+
+// z[l] = bias[l] + sum_k weight[l][k] rows[k]
+template <int NV, int N>
+void block_logits(const float* rows, const float* weight, int64_t stride, int64_t n, const float* bias, float* z) {
+    vf sum[N][NV];
+    for (int l = 0; l < N; l++)
+        for (int v = 0; v < NV; v++) sum[l][v] = splat(bias ? bias[l] : 0.0f);
+    for (int64_t k = 0; k < n; k++)
+        for (int v = 0; v < NV; v++) {
+            vf x = load(rows + (k * NV + v) * LANES);
+            for (int l = 0; l < N; l++) sum[l][v] += weight[l * stride + k] * x;
+        }
+    for (int l = 0; l < N; l++)
+        for (int v = 0; v < NV; v++) save(z + l * PANEL + v * LANES, sum[l][v]);
+}
+
+// dw[l][k .. k + 16 KV) += sum_b g[l][b] turned[b][k ..]
+template <int N, int KV>
+void block_weight(const float* turned, const float* g, int64_t columns, int64_t stride, float* dw) {
+    vf sum[N][KV];
+    for (int l = 0; l < N; l++)
+        for (int v = 0; v < KV; v++) sum[l][v] = load(dw + l * stride + v * LANES);
+    for (int64_t b = 0; b < columns; b++)
+        for (int v = 0; v < KV; v++) {
+            vf x = load(turned + b * stride + v * LANES);
+            for (int l = 0; l < N; l++) sum[l][v] += g[l * PANEL + b] * x;
+        }
+    for (int l = 0; l < N; l++)
+        for (int v = 0; v < KV; v++) save(dw + l * stride + v * LANES, sum[l][v]);
+}
+
+// dx[index[j]] += sum_l weight[l][j] g[l] for N rows j
+template <int NV, int N>
+void block_input(float* dx, const int32_t* index, const float* weight, int64_t stride, int64_t labels, const float* g) {
+    vf sum[N][NV];
+    for (int j = 0; j < N; j++)
+        for (int v = 0; v < NV; v++) sum[j][v] = vf{};
+    for (int64_t l = 0; l < labels; l++)
+        for (int v = 0; v < NV; v++) {
+            vf own = load(g + l * PANEL + v * LANES);
+            for (int j = 0; j < N; j++) sum[j][v] += weight[l * stride + j] * own;
+        }
+    for (int j = 0; j < N; j++)
+        for (int v = 0; v < NV; v++) {
+            float* to = dx + (int64_t(index[j]) * NV + v) * LANES;
+            save(to, load(to) + sum[j][v]);
+        }
+}
+
+struct Scratch {
+    int64_t stride;  // K rounded up to whole vectors
+    std::vector<float> weight, dweight, rows, turned, z, dbias;
+    std::vector<int32_t> index;
+
+    explicit Scratch(const Job& job) : stride((job.fan_in + LANES - 1) / LANES * LANES) {
+        const bool grouped = job.group > 1;
+        weight.assign(job.group * stride, 0.0f);
+        dweight.assign(job.group * stride, 0.0f);
+        index.assign(stride, 0);
+        z.assign(job.group * PANEL, 0.0f);
+        dbias.assign(job.group, 0.0f);
+        if (grouped) {
+            rows.assign(stride * PANEL, 0.0f);  // rows beyond K stay zero
+            turned.assign(PANEL * stride, 0.0f);
+        }
+    }
+};
+
+template <int NV>
+void group_logits(const Job& job, Scratch& s, const float* x, int64_t members, const float* bias) {
+    const int64_t n = job.fan_in;
+    for (int64_t k = 0; k < n; k++)
+        std::memcpy(&s.rows[k * NV * LANES], x + int64_t(s.index[k]) * NV * LANES, NV * LANES * sizeof(float));
+    int64_t l = 0;
+    for (; l + 4 <= members; l += 4)
+        block_logits<NV, 4>(s.rows.data(), &s.weight[l * s.stride], s.stride, n, bias ? bias + l : nullptr, &s.z[l * PANEL]);
+    for (; l < members; l++)
+        block_logits<NV, 1>(s.rows.data(), &s.weight[l * s.stride], s.stride, n, bias ? bias + l : nullptr, &s.z[l * PANEL]);
+}
+
+template <int N>
+void group_weight_rows(Scratch& s, int64_t l, int64_t columns) {
+    int64_t k = 0;
+    for (; k + 4 * LANES <= s.stride; k += 4 * LANES)
+        block_weight<N, 4>(&s.turned[k], &s.z[l * PANEL], columns, s.stride, &s.dweight[l * s.stride + k]);
+    for (; k + 2 * LANES <= s.stride; k += 2 * LANES)
+        block_weight<N, 2>(&s.turned[k], &s.z[l * PANEL], columns, s.stride, &s.dweight[l * s.stride + k]);
+    for (; k < s.stride; k += LANES)
+        block_weight<N, 1>(&s.turned[k], &s.z[l * PANEL], columns, s.stride, &s.dweight[l * s.stride + k]);
+}
+
+template <int NV>
+void group_weight(Scratch& s, int64_t members) {
+    for (int64_t k = 0; k < s.stride; k += LANES)
+        for (int v = 0; v < NV; v++) {
+            vf square[LANES];
+            for (int i = 0; i < LANES; i++) square[i] = load(&s.rows[((k + i) * NV + v) * LANES]);
+            transpose(square);
+            for (int i = 0; i < LANES; i++) save(&s.turned[(v * LANES + i) * s.stride + k], square[i]);
+        }
+    int64_t l = 0;
+    for (; l + 4 <= members; l += 4) group_weight_rows<4>(s, l, NV * LANES);
+    for (; l < members; l++) group_weight_rows<1>(s, l, NV * LANES);
+}
+
+template <int NV>
+void group_input(const Job& job, Scratch& s, float* dx, int64_t members) {
+    const int64_t n = job.fan_in;
+    int64_t k = 0;
+    for (; k + 4 <= n; k += 4) block_input<NV, 4>(dx, &s.index[k], &s.weight[k], s.stride, members, s.z.data());
+    for (; k < n; k++) block_input<NV, 1>(dx, &s.index[k], &s.weight[k], s.stride, members, s.z.data());
+}
+
+// One unit (a label, or a group) on one panel; the rows of s.z are its labels.
+template <int NV>
+double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t members, float* slice_dx, const Range* positives) {
+    const int64_t column = number * PANEL, offset = column * job.features;
+    const int64_t width = job.batch - column < NV * LANES ? job.batch - column : NV * LANES;
+    const float* x = job.x + offset;
+    float* dx = slice_dx ? slice_dx + offset : nullptr;
+    const bool grouped = job.group > 1;
+    if (job.mode == GRADIENTS) {
+        for (int64_t l = 0; l < members; l++) {
+            std::memcpy(&s.z[l * PANEL], job.z + (label + l) * job.batch + column, width * sizeof(float));
+            for (int64_t i = width; i < NV * LANES; i++) s.z[l * PANEL + i] = 0;
+        }
+        if (grouped && job.dweight)
+            for (int64_t k = 0; k < job.fan_in; k++)
+                std::memcpy(&s.rows[k * NV * LANES], x + int64_t(s.index[k]) * NV * LANES, NV * LANES * sizeof(float));
+    } else if (grouped) {
+        group_logits<NV>(job, s, x, members, job.bias ? job.bias + label : nullptr);
+    } else {
+        single_logits<NV>(x, s.index.data(), s.weight.data(), job.fan_in, job.bias ? job.bias[label] : 0.0f, s.z.data());
+    }
+    double loss = 0;
+    if (job.mode == LOGITS) {
+        for (int64_t l = 0; l < members; l++)
+            std::memcpy(job.z + (label + l) * job.batch + column, &s.z[l * PANEL], width * sizeof(float));
+        return 0;
+    }
+    if (job.mode == MAXIMA) {
+        for (int64_t l = 0; l < members; l++) {
+            float* to = job.z + (label + l) / job.tile * job.batch + column;
+            for (int64_t i = 0; i < width; i++) to[i] = s.z[l * PANEL + i] > to[i] ? s.z[l * PANEL + i] : to[i];
+        }
+        return 0;
+    }
+    if (job.mode == STEP)
+        for (int64_t l = 0; l < members; l++) {
+            loss += logit_gradient<NV>(job, &s.z[l * PANEL], column, width, positives[l], job.losses != nullptr);
+            vf sum = load(&s.z[l * PANEL]);
+            for (int v = 1; v < NV; v++) sum += load(&s.z[l * PANEL + v * LANES]);
+            s.dbias[l] += total(sum);
+        }
+    const bool dw = job.mode == STEP || job.dweight;
+    if (grouped) {
+        if (dw) group_weight<NV>(s, members);
+        if (dx) group_input<NV>(job, s, dx, members);
+    } else if (dw && dx) {
+        single_gradients<NV, true, true>(x, dx, s.index.data(), s.weight.data(), job.fan_in, s.z.data(), s.dweight.data());
+    } else if (dw) {
+        single_gradients<NV, false, true>(x, dx, s.index.data(), s.weight.data(), job.fan_in, s.z.data(), s.dweight.data());
+    } else {
+        single_gradients<NV, true, false>(x, dx, s.index.data(), s.weight.data(), job.fan_in, s.z.data(), s.dweight.data());
+    }
+    return loss;
+}
+
+void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const Job&, int64_t)) {
+    const int64_t begin = slice ? stop_of(job, slice - 1) : 0, end = stop_of(job, slice), n = job.fan_in;
+    const int64_t padded = (job.batch + LANES - 1) / LANES * LANES, panels = (padded + PANEL - 1) / PANEL;
+    float* dx = job.dx ? job.dx + slice * padded * job.features : nullptr;
+    if (dx) std::memset(dx, 0, padded * job.features * sizeof(float));
+    if (job.mode == MAXIMA)
+        for (int64_t t = begin / job.tile; t * job.tile < end; t++)
+            for (int64_t b = 0; b < job.batch; b++) job.z[t * job.batch + b] = -std::numeric_limits<float>::infinity();
+    int64_t next = 0;  // of the positives
+    if (job.mode == STEP) {
+        int64_t high = job.positives;
+        while (next < high) {
+            int64_t middle = (next + high) / 2;
+            if (job.positive_labels[middle] < begin) next = middle + 1; else high = middle;
+        }
+    }
+    std::vector<Range> positives(job.group);
+    double loss = 0;
+    for (int64_t label = begin; label < end; label += job.group) {
+        const int64_t members = end - label < job.group ? end - label : job.group;
+        indices(job.index, job.index_type, label / job.group * n, n, s.index.data());
+        for (int64_t l = 0; l < members; l++) decode(job.weight, job.weight_type, (label + l) * n, n, &s.weight[l * s.stride]);
+        if (job.mode == STEP)
+            for (int64_t l = 0; l < members; l++) {
+                positives[l].begin = next;
+                while (next < job.positives && job.positive_labels[next] == label + l) next++;
+                positives[l].end = next;
+                s.dbias[l] = 0;
+            }
+        if (job.mode == STEP || job.dweight) std::memset(s.dweight.data(), 0, members * s.stride * sizeof(float));
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t vectors = (padded - p * PANEL) / LANES;
+            if (vectors >= 4) loss += panel<4>(job, s, p, label, members, dx, positives.data());
+            else if (vectors == 3) loss += panel<3>(job, s, p, label, members, dx, positives.data());
+            else if (vectors == 2) loss += panel<2>(job, s, p, label, members, dx, positives.data());
+            else loss += panel<1>(job, s, p, label, members, dx, positives.data());
+        }
+        for (int64_t l = 0; l < members; l++) {
+            if (job.mode == STEP) {
+                update_row(job, label + l, &s.weight[l * s.stride], &s.dweight[l * s.stride]);
+                if (job.bias) update_bias(job, label + l, s.dbias[l]);
+            } else if (job.dweight) {
+                std::memcpy(job.dweight + (label + l) * n, &s.dweight[l * s.stride], n * sizeof(float));
+            }
+        }
+    }
+    if (job.losses) job.losses[slice] = loss;
+}
+
+// Slices end at whole tiles (a tile is whole groups), so that no two threads share one.
+int64_t end_of_slice(const Job& job, int64_t slice) {
+    const int64_t tiles = (job.labels + job.tile - 1) / job.tile, end = tiles * (slice + 1) / job.slices * job.tile;
+    return end < job.labels ? end : job.labels;
+}
+
+}  // namespace
+
+extern "C" void fanin_run(const Job* given) {
+    const Job& job = *given;
+#pragma omp parallel num_threads(job.threads)
+    {
+        Scratch scratch(job);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t slice = 0; slice < job.slices; slice++) run_slice(job, scratch, slice, end_of_slice);
+    }
+    if (!job.dx) return;
+    const int64_t size = (job.batch + LANES - 1) / LANES * LANES * job.features;  // whole vectors
+#pragma omp parallel for num_threads(job.threads) schedule(static)
+    for (int64_t i = 0; i < size; i += LANES) {
+        vf sum = load(job.dx + i);
+        for (int64_t slice = 1; slice < job.slices; slice++) sum += load(job.dx + slice * size + i);
+        save(job.dx + i, sum);
+    }
+}
+
+// Logits of the labels in chosen tiles, document by document, summed in the order of fanin_run: x [B][D], tiles [B][count],
+// scores [B][count * tile]; -inf beyond the last label.
+extern "C" void fanin_pick(const Job* given, const float* x, const int64_t* tiles, int64_t count, float* scores) {
+    const Job& job = *given;
+#pragma omp parallel num_threads(job.threads)
+    {
+        Scratch s(job);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t document = 0; document < job.batch; document++)
+            for (int64_t t = 0; t < count; t++) {
+                const float* own = x + document * job.features;
+                float* to = scores + (document * count + t) * job.tile;
+                for (int64_t i = 0; i < job.tile; i++) {
+                    const int64_t label = tiles[document * count + t] * job.tile + i, n = job.fan_in;
+                    if (label >= job.labels) {
+                        to[i] = -std::numeric_limits<float>::infinity();
+                        continue;
+                    }
+                    if (label % job.group == 0) indices(job.index, job.index_type, label / job.group * n, n, s.index.data());
+                    decode(job.weight, job.weight_type, label * n, n, s.weight.data());
+                    float even = job.bias ? job.bias[label] : 0.0f, odd = 0;
+                    const int64_t chains = job.group > 1 ? 1 : 2;
+                    for (int64_t k = 0; k < n; k++) {
+                        float& sum = k % chains ? odd : even;
+                        sum = std::fma(s.weight[k], own[s.index[k]], sum);
+                    }
+                    to[i] = job.group > 1 ? even : even + odd;
+                }
+            }
+    }
+}
