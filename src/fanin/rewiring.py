@@ -99,3 +99,36 @@ def regrow(index: Tensor, mask: Tensor, score: Tensor) -> Tensor:
     best = score.topk(most, dim=1).indices
     rank = (mask.cumsum(dim=1) - 1).clamp_(min=0)
     return torch.where(mask, best.gather(1, rank), index)
+
+
+def move_(index: Tensor, new: Tensor, mask: Tensor, tensors: Iterable[Tensor], group: int = 1) -> int:
+    """Write the indices `new` [r, K] to the rows `index` [r, K], sorted, and let what belongs to them follow, in place.
+
+    tensors [l, K]: weights, momenta, gradients of the rows' labels, r = ceil(l / group); each entry goes where its feature
+    went, or becomes zero where `mask` [r, K]. Returns how many entries read another feature now.
+    """
+    moved = int((new != index.to(torch.int64)).sum())
+    new, place = new.sort(dim=1)
+    index.copy_(new)
+    gone = mask.gather(1, place)
+    if group > 1:
+        place, gone = place.repeat_interleave(group, 0), gone.repeat_interleave(group, 0)
+    for tensor in tensors:
+        bits = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # fp8 has no gather
+        bits.copy_(bits.gather(1, place[: len(bits)]).masked_fill_(gone[: len(bits)], 0))
+    return moved
+
+
+def check_index(index: Tensor, width: int) -> None:
+    """Raise ValueError, naming the first bad row, unless the rows of `index` [r, K] hold distinct numbers in 0..width-1."""
+    size = max(2**22 // max(index.shape[1], 1), 1)
+    for start in range(0, len(index), size):
+        rows = index[start : start + size].to(torch.int64).sort(dim=1).values
+        outside = (rows < 0) | (rows >= width)
+        if outside.any():
+            row, place = outside.nonzero()[0].tolist()
+            raise ValueError(f"index row {start + row} holds {int(rows[row, place])}, outside 0..{width - 1} (the features)")
+        repeated = rows[:, 1:] == rows[:, :-1]
+        if repeated.any():
+            row, place = repeated.nonzero()[0].tolist()
+            raise ValueError(f"index row {start + row} holds {int(rows[row, place])} twice; a row's features must be distinct")
