@@ -329,6 +329,13 @@ def test_unknown_and_unavailable_backends(monkeypatch):
     assert backend(dtype=torch.float64).name == "torch"
 
 
+def test_a_named_backend_for_what_it_cannot_take():
+    with pytest.raises(Unavailable, match=r"kernel backend cpu takes weights in float32, bfloat16 or float8_e4m3fn, found torch.float64"):
+        backend("cpu", dtype=torch.float64)
+    with pytest.raises(Unavailable, match="kernel backend cpu works on a CPU, but the weights are on cuda"):
+        backend("cpu", "cuda")
+
+
 class TestBuild:
     """The compiled library: cached, rebuilt where the source changed, a clear reason where it cannot be had."""
 
@@ -372,3 +379,27 @@ class TestBuild:
         monkeypatch.setattr(build, "_build", lambda command, target: target.write_bytes(b"not a library"))
         with pytest.raises(Unavailable, match=r"cannot be loaded .* remove it to build it again"):
             build.library()
+
+
+@pytest.mark.parametrize("shape", [(70, 48, 7, 5, 1), (203, 300, 32, 70, 16), (40, 30, 28, 9, 8), (64, 5000, 8, 3, 1)])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_candidates_are_the_largest_dense_gradients(name, shape):
+    """Against the dense gradient of autograd in float64; a row that lacks free features says so."""
+    module = needs(name)
+    layer, x, labels, documents = case(*shape)
+    width, group = x.shape[1], layer.group
+    y = torch.zeros(len(x), layer.labels, dtype=torch.float64)
+    y[documents, labels] = 1
+    z = x.double() @ densified(layer, width).t() + layer.bias.double()
+    gradient = (z.sigmoid() - y).t() @ x.double()
+    size = F.pad(gradient.square(), (0, 0, 0, -layer.labels % group)).unflatten(0, (-1, group)).sum(1)
+    rows = layer.index.long()
+    size.scatter_(1, rows, -1.0)
+    count = 5
+    found = module.candidates(x, layer, labels, documents, count).long()
+    free = width - layer.fan_in
+    assert (found[:, free:] == -1).all()
+    found = found[:, : min(count, free)]
+    assert (found >= 0).all()
+    assert (size.gather(1, found) > 0).all()  # none is read already
+    close(size.gather(1, found), size.topk(found.shape[1], dim=1).values)

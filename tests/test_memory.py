@@ -254,7 +254,7 @@ def test_memory_grows_linearly_in_labels(kind: str) -> None:
 
 def test_only_a_sparse_head_has_indices_and_rewiring() -> None:
     sparse, dense = plan(settings(rewiring={"method": "set"})), plan(settings("dense"))
-    assert sparse.indices == 1000 * 8  # uint8 holds the numbers of 32 features
+    assert sparse.indices == 1000 * 8 * 2  # uint16
     assert dense.indices == 0
     assert "rewire" in sparse.phases
     assert "rewire" not in dense.phases
@@ -323,7 +323,7 @@ def test_measured_peaks_are_as_predicted(recorded: dict[str, Any]) -> None:
 
 def test_the_record_names_sizes_and_scale(recorded: dict[str, Any], workspace: tuple[Path, Config]) -> None:
     assert (recorded["device"], recorded["batch"], recorded["tokens"], recorded["dtype"]) == ("cpu", 64, 64, "float32")
-    assert recorded["head_bytes"] == {"this": 60_000 * 8 * 5, "dense": 60_000 * 128 * 4}
+    assert recorded["head_bytes"] == {"this": 60_000 * 8 * 6, "dense": 60_000 * 128 * 4}
     assert recorded["ratio"] == pytest.approx(128 * 4 / (8 * 5))
     scale = [(row["labels"], row["head"]) for row in recorded["scale"]]
     assert scale == [(200_001, "fixed_fan_in"), (200_001, "dense"), (400_000, "fixed_fan_in"), (400_000, "dense")]

@@ -19,6 +19,12 @@ class Positives(NamedTuple):
     def to(self, device: torch.device | str) -> Positives:
         return Positives(self.labels.to(device), self.documents.to(device))
 
+    def between(self, first: int, last: int) -> Positives:
+        """Those of labels first..last-1, which are counted from `first`."""
+        bounds = torch.tensor([first, last], device=self.labels.device)
+        own = slice(*torch.searchsorted(self.labels, bounds).tolist())
+        return Positives(self.labels[own] - first, self.documents[own])
+
     def valid(self, labels: int, documents: int) -> Tensor:
         """bool []: every pair in range and in order. On the device, so that the caller decides when to wait for it."""
         if not len(self.labels):

@@ -101,6 +101,18 @@ def regrow(index: Tensor, mask: Tensor, score: Tensor) -> Tensor:
     return torch.where(mask, best.gather(1, rank), index)
 
 
+def regrow_from(index: Tensor, mask: Tensor, candidates: Tensor) -> Tensor:
+    """New int64 indices [r, K]: where `mask` the row's next candidate, elsewhere the old ones.
+
+    candidates [r, n]: free features of each row, the best first, -1 where there are no more (the pruned feature then stays,
+    so that rows remain distinct); n is at least the most that a row loses.
+    """
+    index = index.to(torch.int64)
+    rank = (mask.cumsum(dim=1) - 1).clamp_(0, candidates.shape[1] - 1)
+    chosen = candidates.to(torch.int64).gather(1, rank)
+    return torch.where(mask & (chosen >= 0), chosen, index)
+
+
 def move_(index: Tensor, new: Tensor, mask: Tensor, tensors: Iterable[Tensor], group: int = 1) -> int:
     """Write the indices `new` [r, K] to the rows `index` [r, K], sorted, and let what belongs to them follow, in place.
 

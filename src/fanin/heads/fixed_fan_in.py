@@ -13,7 +13,6 @@ from fanin.files import InputError
 from fanin.heads.head import Head
 from fanin.kernels import Backend, Layer, Update
 from fanin.kernels.layer import FAN_IN_LIMIT, WEIGHT_TYPES, decode
-from fanin.kernels.reference import logit_gradient_
 from fanin.objectives import Positives
 
 
@@ -124,26 +123,26 @@ class FixedFanIn(Head):
         if schedule.prune == "global":
             amount = rewiring.global_threshold(self._magnitudes, self.index.numel(), amount)
         pruned = moved = 0
+        layer = self.layer()
         for start, stop in self._row_chunks():
-            weight = decode(self._labels_of(self.weight, start, stop))
-            old = self.index[start:stop].to(torch.int64)
-            mask = rewiring.pruned_mask(rewiring.magnitude(weight, self.group), schedule.prune, amount)
-            if schedule.method == "rigl":
-                score = self._dense_gradient(x, positives, start, stop)
-            else:
-                score = torch.rand(stop - start, self.width, generator=generator, device=weight.device)
-            new = rewiring.regrow(old, mask, score)
+            part = layer.part(start * self.group, min(stop * self.group, self.labels))
+            mask = rewiring.pruned_mask(rewiring.magnitude(decode(part.weight), self.group), schedule.prune, amount)
+            new = self._regrown(part, mask, schedule.method, generator, x.detach(), positives)
             pruned += int(mask.sum())
-            moved += int((new != old).sum())
-            new, place = new.sort(dim=1)
-            gone = mask.gather(1, place)
-            self.index[start:stop].copy_(new)
-            place, gone = (t.repeat_interleave(self.group, 0)[: len(weight)] for t in (place, gone))
-            for tensor in (self.weight, self.momentum, self.compensation):
-                if tensor is not None:
-                    part = _raw(self._labels_of(tensor, start, stop))
-                    part.copy_(part.gather(1, place).masked_fill_(gone, 0))
+            tensors = (part.weight, part.momentum, part.compensation)
+            moved += rewiring.move_(part.index, new, mask, [t for t in tensors if t is not None], self.group)
         return {"entries": self.index.numel(), "pruned": pruned, "moved": moved}
+
+    def _regrown(
+        self, part: Layer, mask: Tensor, method: str, generator: torch.Generator, x: Tensor, positives: Positives
+    ) -> Tensor:
+        """New int64 indices of `part`'s rows, others where `mask`."""
+        if method == "rigl":
+            most = max(int(mask.sum(dim=1).max()), 1)
+            own = positives.between(part.first, part.first + part.labels)
+            candidates = self._kernels().candidates(x, part, own.labels, own.documents, most, self.loss)
+            return rewiring.regrow_from(part.index, mask, candidates)
+        return rewiring.regrow(part.index, mask, torch.rand(len(mask), self.width, generator=generator, device=x.device))
 
     def _magnitudes(self) -> Iterator[Tensor]:
         for start, stop in self._row_chunks():
@@ -151,15 +150,6 @@ class FixedFanIn(Head):
 
     def _labels_of(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         return tensor[start * self.group : min(stop * self.group, self.labels)]
-
-    def _dense_gradient(self, x: Tensor, positives: Positives, start: int, stop: int) -> Tensor:
-        """|dL/dW| as if rows start..stop-1 were dense [stop - start, D']; for a group the norm over its labels."""
-        first, last = start * self.group, min(stop * self.group, self.labels)
-        g = self._kernels().logits(x, self.layer().part(first, last)).t().contiguous()
-        bounds = torch.tensor([first, last], device=positives.labels.device)
-        own = slice(*torch.searchsorted(positives.labels, bounds).tolist())
-        logit_gradient_(g, positives.labels[own] - first, positives.documents[own], self.loss, False)
-        return rewiring.magnitude(g @ x, self.group)
 
     def feature_use(self) -> Tensor:
         """How many index entries, each counted for all labels of its row, read each feature: int64 [D']."""
@@ -174,14 +164,7 @@ class FixedFanIn(Head):
 
     def _check_state(self, state: dict[str, Tensor], source: str) -> None:
         super()._check_state(state, source)
-        for start, stop in self._row_chunks():
-            rows = state["index"][start:stop].to(torch.int64).sort(dim=1).values
-            if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= self.width):
-                raise InputError(f"{source}: an index is outside 0..{self.width - 1}; rerun the stage that writes it")
-            if (rows[:, 1:] == rows[:, :-1]).any():
-                raise InputError(f"{source}: an index is repeated in a row; rerun the stage that writes it")
-
-
-def _raw(stored: Tensor) -> Tensor:
-    """The same memory as integers, which every operation takes."""
-    return stored.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[stored.itemsize])
+        try:
+            rewiring.check_index(state["index"], self.width)
+        except ValueError as error:
+            raise InputError(f"{source}: {error}; rerun the stage that writes it") from None

@@ -12,10 +12,10 @@ import warnings
 import torch
 
 from fanin.kernels.bag import Bag
-from fanin.kernels.layer import Backend, Layer, Unavailable, Update
+from fanin.kernels.layer import WEIGHT_TYPES, Backend, Layer, Unavailable, Update
 from fanin.kernels.reference import Reference
 
-__all__ = ["BACKENDS", "Backend", "Layer", "Unavailable", "Update", "backend"]
+__all__ = ["BACKENDS", "Backend", "Layer", "Unavailable", "Update", "backend", "step_bytes"]
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 
@@ -42,8 +42,21 @@ def backend(name: str = "auto", device: torch.device | str = "cpu", dtype: torch
         raise ValueError(f"kernel backend {name!r} is not one of auto, {', '.join(BACKENDS)}")
     kind = torch.device(device).type
     if name == "auto":
-        return _fastest(kind) if dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn) else _load("torch")
+        return _fastest(kind) if dtype in WEIGHT_TYPES else _load("torch")
+    if name in ("cpu", "triton") and dtype not in WEIGHT_TYPES:
+        raise Unavailable(f"kernel backend {name} takes weights in float32, bfloat16 or float8_e4m3fn, found {dtype}; use auto")
+    if name == "cpu" and kind != "cpu":
+        raise Unavailable(f"kernel backend cpu works on a CPU, but the weights are on {kind}; use auto or triton")
     return _load(name)
+
+
+def step_bytes(name: str, device: str, **shape: int) -> int:
+    """`Backend.step_bytes` of the backend called `name` on `device`, also for a device that is not here."""
+    if device != "cpu" and name in ("auto", "triton"):
+        from fanin.kernels.triton.plan import step_bytes as planned
+
+        return planned(**shape)
+    return backend(name, device).step_bytes(**shape)
 
 
 @functools.cache

@@ -23,6 +23,20 @@ class Bag(Reference):
         gathered, blocks = _gathered(xt, index), _blocks(weight, group)
         return torch.bmm(blocks, gathered).flatten(0, 1)[: len(weight)]
 
+    def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int) -> int:
+        whole = self.chunk(group, batch)
+        chunk = min(whole, labels)
+        vectors, logits = 8 * batch * features, 4 * chunk * batch
+        before = logits if labels > whole else 0  # the chunk before is let go once the next one's logits are there
+        entries = -(-chunk // group) * fan_in
+        turned = entries * (4 + 4 + 8 + 4) + 4 * features * batch  # int32 indices, those sorted, places, weights
+        if group == 1:
+            return vectors + logits + max(before + 4 * entries, logits, turned)
+        gathered = 4 * entries * batch  # the features that a group reads, or their gradients
+        padded = logits if chunk % group else 0  # a copy, where the last group is not whole
+        gradient = 8 * entries + 4 * chunk * fan_in + padded
+        return vectors + logits + max(before + gathered, logits, gathered + turned, gathered + gradient)
+
     def weight_gradient(self, xt: Tensor, g: Tensor, index: Tensor, group: int) -> Tensor:
         labels, fan_in = len(g), index.shape[1]
         if group == 1:

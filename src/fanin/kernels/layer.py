@@ -99,6 +99,9 @@ class Update:
         2015), or to nearest with the loss carried over where the layer has a compensation (Kahan summation).
         """
         weight, momentum = layer.weight, layer.momentum
+        if weight.itemsize >= 4 and (momentum is None or momentum.dtype == weight.dtype):
+            self.apply(weight, gradient, momentum)
+            return
         old = decode(weight)
         gradient.mul_(self.scale)
         if self.weight_decay:
@@ -149,8 +152,23 @@ class Backend(ABC):
         """g = dL/dz [B, L] -> (dL/dx [B, D], dL/dweight [L, K]) in x's type; None for what is not needed."""
 
     @abstractmethod
+    def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int) -> int:
+        """What `step` allocates at its highest, beside what it is given: for the memory plan."""
+
+    @abstractmethod
     def topk(self, x: Tensor, layer: Layer, k: int) -> tuple[Tensor, Tensor]:
         """x [B, D] -> (scores [B, k], labels [B, k] int64), highest first, exact; 1 <= k <= L."""
+
+    def candidates(self, x: Tensor, layer: Layer, labels: Tensor, documents: Tensor, count: int, loss: str = "bce") -> Tensor:
+        """What RigL may regrow: for each index row the `count` features with the largest dense gradient that it does not read.
+
+        Arguments as in `step`. Returns int32 [ceil(L / G), count], largest first, -1 where a row has no more; a group goes
+        by the norm over its labels. In chunks of rows with a running best over the features, and only when one rewires.
+        Source: Evci et al., ICML 2020.
+        """
+        from fanin.kernels.reference import candidates
+
+        return candidates(self, x, layer, labels, documents, count, loss)
 
 
 # Storage ------------------------------------------------------------------------------------------------------------

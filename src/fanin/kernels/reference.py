@@ -39,11 +39,15 @@ class Reference(Backend):
 
     # The whole -----------------------------------------------------------------------------------------------------
 
-    def chunk(self, layer: Layer, batch: int) -> int:
+    def chunk(self, group: int, batch: int, device: str = "cpu") -> int:
         """Labels worked on at once: about 1 MiB of logits on a CPU (it stays in the cache), 64 MiB on a GPU."""
-        budget = 2**18 if layer.weight.device.type == "cpu" else 2**24
-        size = min(max(budget // max(batch, 1), 256), 2**16)
-        return -(-size // layer.group) * layer.group
+        size = min(max((2**18 if device == "cpu" else 2**24) // max(batch, 1), 256), 2**16)
+        return -(-size // group) * group
+
+    def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int) -> int:
+        chunk = min(self.chunk(group, batch), labels)
+        gathered = 8 * chunk * fan_in * (batch + 1)  # twice for an instant, and the rows' int64 indices
+        return 4 * (2 * batch * features + chunk * batch) + gathered
 
     def step(
         self,
@@ -57,7 +61,7 @@ class Reference(Backend):
     ) -> tuple[Tensor, Tensor | None]:
         xt = _transposed(x, layer)
         dxt = torch.zeros_like(xt)
-        chunk = self.chunk(layer, len(x))
+        chunk = self.chunk(layer.group, len(x), x.device.type)
         ranges = tile_ranges(labels, layer.labels, chunk).tolist()
         losses = []
         for i, part in enumerate(layer.parts(chunk)):
@@ -78,7 +82,7 @@ class Reference(Backend):
     def logits(self, x: Tensor, layer: Layer) -> Tensor:
         xt = _transposed(x, layer)
         z = x.new_empty(len(x), layer.labels)
-        for part in layer.parts(self.chunk(layer, len(x))):
+        for part in layer.parts(self.chunk(layer.group, len(x), x.device.type)):
             place = part.first - layer.first
             zt = self.forward(xt, _computed(part.weight), part.index, part.group)
             z[:, place : place + part.labels] = (zt if part.bias is None else zt + part.bias[:, None]).t()
@@ -90,7 +94,7 @@ class Reference(Backend):
         xt = _transposed(x, layer)
         dxt = torch.zeros_like(xt) if need_x else None
         weight = x.new_empty(layer.weight.shape) if need_weight else None
-        for part in layer.parts(self.chunk(layer, len(x))):
+        for part in layer.parts(self.chunk(layer.group, len(x), x.device.type)):
             place = slice(part.first - layer.first, part.first - layer.first + part.labels)
             gt = g[:, place].t().to(xt.dtype).contiguous()
             if dxt is not None:
@@ -102,7 +106,7 @@ class Reference(Backend):
     def topk(self, x: Tensor, layer: Layer, k: int) -> tuple[Tensor, Tensor]:
         scores = x.new_empty(len(x), 0)
         labels = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
-        for part in layer.parts(max(self.chunk(layer, len(x)), 4 * k)):
+        for part in layer.parts(max(self.chunk(layer.group, len(x), x.device.type), 4 * k)):
             top, where = self.logits(x, part).topk(min(k, part.labels), dim=1)
             scores, labels = torch.cat([scores, top], 1), torch.cat([labels, where + (part.first - layer.first)], 1)
             scores, keep = scores.topk(min(k, scores.shape[1]), dim=1)
@@ -125,6 +129,35 @@ def tile_ranges(labels: Tensor, total: int, tile: int) -> Tensor:
     """Where the positives of each tile of `tile` labels begin in the sorted list, and its end: int64 [tiles + 1]."""
     bounds = torch.arange(0, -(-total // tile) + 1, device=labels.device) * tile
     return torch.searchsorted(labels, bounds)
+
+
+def candidates(backend: Backend, x: Tensor, layer: Layer, labels: Tensor, documents: Tensor, count: int, loss: str) -> Tensor:
+    """`Backend.candidates` from a backend's logits and dense matrix products, about 16 MiB at a time."""
+    width, block = x.shape[1], 4096
+    found = torch.empty(len(layer.index), count, dtype=torch.int32, device=x.device)
+    size = max(2**22 // (min(width, block) * layer.group), 1) * layer.group
+    ranges = tile_ranges(labels, layer.labels, size).tolist()
+    for i, part in enumerate(layer.parts(size)):
+        own, first = slice(ranges[i], ranges[i + 1]), part.first - layer.first
+        g = backend.logits(x, part).t().contiguous()
+        logit_gradient_(g, labels[own] - first, documents[own], loss, False)
+        rows = part.index.to(torch.int64)
+        best, place = x.new_empty(len(rows), 0), rows.new_empty(len(rows), 0)
+        for start in range(0, width, block):
+            squares = (g @ x[:, start : start + block]).square_()
+            if layer.group > 1:
+                squares = F.pad(squares, (0, 0, 0, -len(squares) % layer.group)).unflatten(0, (-1, layer.group)).sum(1)
+            columns = squares.shape[1]  # what a row reads already is out; a column more takes what lies in other blocks
+            read = torch.where((rows >= start) & (rows < start + columns), rows - start, columns)
+            squares = F.pad(squares, (0, 1)).scatter_(1, read, -1.0)[:, :columns]
+            best = torch.cat([best, squares], 1)
+            place = torch.cat([place, torch.arange(start, start + columns, device=x.device).expand_as(squares)], 1)
+            best, keep = best.topk(min(count, best.shape[1]), dim=1)
+            place = place.gather(1, keep).masked_fill_(best < 0, -1)
+        row = first // layer.group
+        found[row : row + len(rows), : place.shape[1]] = place
+        found[row : row + len(rows), place.shape[1] :] = -1
+    return found
 
 
 def logit_gradient_(z: Tensor, rows: Tensor, columns: Tensor, loss: str, want_loss: bool) -> Tensor | None:

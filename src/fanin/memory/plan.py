@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModel, AutoModelForTextEncoding
 
+from fanin import kernels
 from fanin.config import Config
 from fanin.config import Head as HeadSettings
 from fanin.files import InputError
-from fanin.heads import index_dtype
+from fanin.heads import STORED, index_dtype
 
 PARTS = ("baseline", "encoder", "encoder_optimizer", "activations", "head_weights", "indices", "head_optimizer", "buffers")
 _FLOAT = 4  # weights, gradients, moments and heads are float32
@@ -234,41 +235,34 @@ def predict(
 
 def head_bytes(head: HeadSettings, labels: int, features: int, *, momentum: bool) -> dict[str, int]:
     """What `heads.Head.bytes` gives for this head, without building it."""
+    entry = STORED[head.dtype].itemsize
     weights, indices = labels * features, 0
     if head.kind == "bottleneck":
         weights = head.bottleneck * (labels + features)
     elif head.kind == "fixed_fan_in":
         weights = labels * head.fan_in
         indices = -(-labels // head.group) * head.fan_in * index_dtype(features).itemsize
-    trained = _FLOAT * (weights + labels)
+    state = _FLOAT if entry >= _FLOAT else 2
+    compensation = 2 * weights if head.rounding == "kahan" and entry < _FLOAT else 0
     return {
-        "weights": _FLOAT * weights,
+        "weights": entry * weights,
         "indices": indices,
         "bias": _FLOAT * labels,
-        "optimizer": trained if momentum else 0,
+        "optimizer": (state * weights + _FLOAT * labels if momentum else 0) + compensation,
     }
 
 
 def step_buffers(head: HeadSettings, labels: int, features: int, batch: int, device: str = "cpu") -> int:
-    """What `heads.Head.step` allocates at its highest, with the kernels of fanin.kernels.bag."""
-    group, sparse = head.group, head.kind == "fixed_fan_in"
+    """What `heads.Head.step` allocates at its highest."""
+    if head.kind == "fixed_fan_in":
+        return kernels.step_bytes(
+            head.backend, device, labels=labels, features=features, fan_in=head.fan_in, group=head.group, batch=batch
+        )
     reads = head.bottleneck if head.kind == "bottleneck" else features
-    chunk = min(max((2**18 if device == "cpu" else 2**24) // batch, 256), 2**16)
-    whole = -(-chunk // group) * group
-    chunk = min(whole, labels)
+    chunk = min(max((2**18 if device == "cpu" else 2**24) // batch, 256), 2**16, labels)
     vectors = 2 * _FLOAT * batch * reads * (2 if head.kind == "bottleneck" else 1)  # x and dx, features first; y = P x, dy
     logits = _FLOAT * chunk * batch
-    before = logits if labels > whole else 0  # the chunk before is let go once the next one's logits are there
-    if not sparse:
-        return vectors + logits + max(before, logits, _FLOAT * chunk * reads)  # the loss's values; the weight gradient
-    entries = -(-chunk // group) * head.fan_in
-    turned = entries * (4 + 4 + 8 + _FLOAT) + _FLOAT * features * batch  # int32 indices, those sorted, places, weights
-    if group == 1:
-        return vectors + logits + max(before + 4 * entries, logits, turned)
-    gathered = _FLOAT * entries * batch  # the features that a group reads, or their gradients
-    padded = logits if chunk % group else 0  # a copy, where the last group is not whole
-    gradient = 8 * entries + _FLOAT * chunk * head.fan_in + padded
-    return vectors + logits + max(before + gathered, logits, gathered + turned, gathered + gradient)
+    return vectors + logits + max(logits, _FLOAT * chunk * reads)  # the loss's values; the weight gradient
 
 
 def rewire_buffers(head: HeadSettings, labels: int, features: int, batch: int, method: str, prune: str) -> int:
@@ -276,14 +270,13 @@ def rewire_buffers(head: HeadSettings, labels: int, features: int, batch: int, m
     total, whole = -(-labels // head.group), max(2**22 // (features * head.group), 1)
     rows = min(whole, total)
     entries, members = rows * head.fan_in, rows * head.fan_in * head.group
-    score = _FLOAT * rows * features
-    highest = score + 24 * entries + 20 * members  # the new indices' order, for each label's weights and momenta
-    # the score of a chunk is let go once the next one's is there
-    for before, now in ((0, rows), (score, min(whole, total - rows))):
-        own = _FLOAT * now * features
-        if method == "rigl":  # the dense gradient of all labels of these rows, and its magnitude
-            own = own * (2 if head.group == 1 else 3 * head.group) + _FLOAT * batch * now * head.group
-        highest = max(highest, before + own + 20 * now * head.fan_in)
+    # the new indices in order, then for each label where its weights come from, and they themselves
+    moving = 35 * entries if head.group == 1 else 17 * entries + 13 * members
+    if method == "rigl":
+        choosing = 17 * entries + _FLOAT * batch * features * (3 if batch > 64 else 2)  # x, features first
+    else:
+        choosing = 35 * entries + _FLOAT * rows * features  # random scores
+    highest = max(moving, choosing)
     return max(highest, 20 * 2**16) if prune == "global" else highest  # its histogram
 
 

@@ -15,8 +15,9 @@ from fanin.kernels.cpu.build import library
 from fanin.kernels.layer import LOSSES, Backend, Layer, Update, mix
 
 _LANES, _PANEL = 16, 64  # as in fixed_fan_in.cpp
-_MODES = {"step": 0, "logits": 1, "gradients": 2, "maxima": 3}
+_MODES = {"step": 0, "logits": 1, "gradients": 2, "maxima": 3, "candidates": 4}
 _TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3, torch.uint16: 4, torch.int32: 5}
+_SLICE, _SLICES = 4096, 64  # labels that are worth a slice; at most so many slices
 _DX_BYTES = 2**26  # of all slices' dx together
 _TILE = 32  # labels of which top-k first keeps only the best
 _TOPK_LABELS = 2**20  # searched at once
@@ -37,7 +38,8 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("bias_momentum", "compensation", "positive_labels", "positive_documents")),
         ("positives", ctypes.c_int64),
         ("loss", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("losses", "z", "dweight")),
+        *((name, ctypes.c_void_p) for name in ("losses", "z", "dweight", "candidates")),
+        ("count", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("lr", "momentum_factor", "decay", "scale")),
         *((name, ctypes.c_uint32) for name in ("weight_seed", "momentum_seed")),
     ]
@@ -74,6 +76,10 @@ class Cpu(Backend):
         job.weight_seed, job.momentum_seed = mix(update.seed), mix(update.seed) ^ 0x5BD1E995
         self._run(job)
         return _rows(dx[0], x), None if losses is None else losses.sum()
+
+    def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int) -> int:
+        panels = -(-batch // _LANES) * _LANES * features
+        return 4 * (panels * (1 + _slices(labels, panels) + 1) + batch * features)
 
     def logits(self, x: Tensor, layer: Layer) -> Tensor:
         panels = _panels(x)
@@ -133,15 +139,23 @@ class Cpu(Backend):
             found = found.gather(1, keep)
         return scores.to(x.dtype), found
 
+    def candidates(self, x: Tensor, layer: Layer, labels: Tensor, documents: Tensor, count: int, loss: str = "bce") -> Tensor:
+        panels = _panels(x)
+        found = torch.empty(len(layer.index), count, dtype=torch.int32)
+        job = _job("candidates", len(x), x.shape[1], layer, panels)
+        job.positive_labels, job.positive_documents, job.positives = _address(labels), _address(documents), len(labels)
+        job.loss, job.candidates, job.count = LOSSES.index(loss), _address(found), count
+        self._run(job)
+        return found
+
     def _run(self, job: _Job) -> None:
         self._library.fanin_run(ctypes.byref(job))
 
 
 def _job(mode: str, batch: int, features: int, layer: Layer, panels: Tensor, tile: int | None = None) -> _Job:
     tile = tile or layer.group
-    slices = min(max(layer.labels // 4096, 1), 64)
-    if mode in ("step", "gradients"):
-        slices = min(slices, max(_DX_BYTES // (4 * max(panels.numel(), 1)), 1))
+    with_dx = mode in ("step", "gradients")
+    slices = _slices(layer.labels, panels.numel() if with_dx else 0)
     return _Job(
         mode=_MODES[mode],
         threads=torch.get_num_threads(),
@@ -160,6 +174,12 @@ def _job(mode: str, batch: int, features: int, layer: Layer, panels: Tensor, til
         index_type=_TYPES[layer.index.dtype],
         bias=_address(layer.bias),
     )
+
+
+def _slices(labels: int, size: int) -> int:
+    """Runs of labels that are worked on at once, each with a dx of `size` numbers: a function of the shapes alone, so that
+    sums do not depend on the number of threads."""
+    return max(min(labels // _SLICE, _SLICES, _DX_BYTES // (4 * size) if size else _SLICES), 1)
 
 
 def _address(tensor: Tensor | None) -> int | None:

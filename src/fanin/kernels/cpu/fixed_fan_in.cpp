@@ -8,11 +8,15 @@
 // added in order. So the result does not depend on how many threads there are.
 //
 // Vectors are the compiler's own vector extension: 16 floats, one AVX-512 register, two AVX or four NEON ones.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -20,7 +24,7 @@ constexpr int LANES = 16, PANEL = 64;
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 
-enum Mode : int64_t { STEP = 0, LOGITS = 1, GRADIENTS = 2, MAXIMA = 3 };
+enum Mode : int64_t { STEP = 0, LOGITS = 1, GRADIENTS = 2, MAXIMA = 3, CANDIDATES = 4 };
 enum Loss : int64_t { BCE = 0, SQUARED_HINGE = 1 };
 enum Type : int64_t { NONE = 0, FLOAT32 = 1, BFLOAT16 = 2, FLOAT8 = 3, UINT16 = 4, INT32 = 5 };
 
@@ -39,11 +43,10 @@ inline uint32_t float_to_bits(float f) { uint32_t b; std::memcpy(&b, &f, sizeof 
 #endif
 
 inline float total(vf v) {
-    float lane[LANES], s[8];
-    save(lane, v);
-    for (int i = 0; i < 8; i++) s[i] = lane[i] + lane[i + 8];
-    for (int i = 0; i < 4; i++) s[i] += s[i + 4];
-    return (s[0] + s[2]) + (s[1] + s[3]);
+    v += SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return v[0] + v[1];
 }
 
 // Lane j of the result is the sum of a[j]'s lanes.
@@ -91,18 +94,25 @@ inline vf exponential(vf x) {
     vf shifted = x * 1.44269504f + magic;
     vf n = shifted - magic;
     vf r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
-    vf p = r * (1.0f / 5040) + (1.0f / 720);
-    p = p * r + (1.0f / 120);
-    p = p * r + (1.0f / 24);
-    p = p * r + (1.0f / 6);
-    p = p * r + 0.5f;
+    vf p = r * 8.36918410e-3f + 4.19177599e-2f;  // of degree 5, through Chebyshev's nodes
+    p = p * r + 1.66665047e-1f;
+    p = p * r + 4.99988675e-1f;
     p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    p = p * r + 1.00000012f;
     vi exponent = ((vi)shifted - (vi)splat(magic)) << 23;
     return (vf)((vi)p + exponent);
 }
 
-inline vf sigmoid(vf z) { return 1.0f / (1.0f + exponential(-z)); }
+inline vf reciprocal(vf x) {
+#ifdef __AVX512F__
+    vf y = (vf)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)x);
+    return y + y * (1.0f - x * y);  // Newton: a division takes several times as long
+#else
+    return 1.0f / x;
+#endif
+}
+
+inline vf sigmoid(vf z) { return reciprocal(1.0f + exponential(-z)); }
 
 // log(1 + e^z) = max(z, 0) + 2 artanh(t / (2 + t)) with t = e^-|z|, to about 1e-7, relative
 inline vf softplus(vf z) {
@@ -177,6 +187,8 @@ struct Job {
     double* losses;  // [slices], null where not wanted
     float* z;        // [L][B] out for LOGITS, dL/dz in for GRADIENTS; [tiles][B] out for MAXIMA
     float* dweight;  // [L][K] for GRADIENTS, null where not wanted
+    int32_t* candidates;  // [L / G][count] out for CANDIDATES
+    int64_t count;
     float lr, momentum_factor, decay, scale;
     uint32_t weight_seed, momentum_seed;
 };
@@ -384,7 +396,7 @@ void block_input(float* dx, const int32_t* index, const float* weight, int64_t s
 
 struct Scratch {
     int64_t stride;  // K rounded up to whole vectors
-    std::vector<float> weight, dweight, rows, turned, z, dbias;
+    std::vector<float> weight, dweight, rows, turned, z, dbias, dense, best;
     std::vector<int32_t> index;
 
     explicit Scratch(const Job& job) : stride((job.fan_in + LANES - 1) / LANES * LANES) {
@@ -393,19 +405,31 @@ struct Scratch {
         dweight.assign(job.group * stride, 0.0f);
         index.assign(stride, 0);
         z.assign(job.group * PANEL, 0.0f);
-        dbias.assign(job.group, 0.0f);
+        dbias.assign((job.group + LANES - 1) / LANES * LANES, 0.0f);
         if (grouped) {
             rows.assign(stride * PANEL, 0.0f);  // rows beyond K stay zero
             turned.assign(PANEL * stride, 0.0f);
+        }
+        if (job.mode == CANDIDATES) {
+            dense.assign(job.group * ((job.features + LANES - 1) / LANES * LANES), 0.0f);
+            best.assign(job.count, 0.0f);
         }
     }
 };
 
 template <int NV>
+void gather(const Job& job, Scratch& s, const float* x) {
+    const int64_t n = job.fan_in;
+    const int32_t* index = s.index.data();
+    float* rows = s.rows.data();
+    for (int64_t k = 0; k < n; k++)
+        for (int v = 0; v < NV; v++) save(rows + (k * NV + v) * LANES, load(x + (int64_t(index[k]) * NV + v) * LANES));
+}
+
+template <int NV>
 void group_logits(const Job& job, Scratch& s, const float* x, int64_t members, const float* bias) {
     const int64_t n = job.fan_in;
-    for (int64_t k = 0; k < n; k++)
-        std::memcpy(&s.rows[k * NV * LANES], x + int64_t(s.index[k]) * NV * LANES, NV * LANES * sizeof(float));
+    gather<NV>(job, s, x);
     int64_t l = 0;
     for (; l + 4 <= members; l += 4)
         block_logits<NV, 4>(s.rows.data(), &s.weight[l * s.stride], s.stride, n, bias ? bias + l : nullptr, &s.z[l * PANEL]);
@@ -446,6 +470,43 @@ void group_input(const Job& job, Scratch& s, float* dx, int64_t members) {
     for (; k < n; k++) block_input<NV, 1>(dx, &s.index[k], &s.weight[k], s.stride, members, s.z.data());
 }
 
+// The gradient of label l as if it read every feature: dense[l][d] += sum_b g[l][b] x[d][b]
+template <int NV>
+void add_dense_gradient(const Job& job, Scratch& s, const float* x, int64_t l) {
+    const int64_t padded = (job.features + LANES - 1) / LANES * LANES;
+    vf g[NV];
+    for (int v = 0; v < NV; v++) g[v] = load(&s.z[l * PANEL + v * LANES]);
+    for (int64_t d = 0; d < job.features; d += LANES) {
+        vf sums[LANES] = {};
+        const int64_t stop = job.features - d < LANES ? job.features - d : LANES;
+        for (int64_t j = 0; j < stop; j++)
+            for (int v = 0; v < NV; v++) sums[j] += g[v] * load(x + ((d + j) * NV + v) * LANES);
+        float* to = &s.dense[l * padded + d];
+        save(to, load(to) + totals(sums));
+    }
+}
+
+// The `count` features with the largest gradient that the unit does not read, largest first (of equals the lower number);
+// -1 where there are no more. A group goes by the sum of squares over its labels.
+void choose_candidates(const Job& job, Scratch& s, int64_t members, int32_t* to) {
+    const int64_t padded = (job.features + LANES - 1) / LANES * LANES;
+    float* size = s.dense.data();  // of the unit, squared
+    for (int64_t d = 0; d < padded; d += LANES) {
+        vf sum = {};
+        for (int64_t l = 0; l < members; l++) sum += load(&s.dense[l * padded + d]) * load(&s.dense[l * padded + d]);
+        save(size + d, sum);
+    }
+    for (int64_t k = 0; k < job.fan_in; k++) size[s.index[k]] = -1;
+    int64_t found = 0;
+    for (int64_t d = 0; d < job.features; d++) {
+        if (size[d] < 0 || (found == job.count && !(size[d] > s.best[found - 1]))) continue;
+        int64_t place = found < job.count ? found++ : found - 1;
+        for (; place > 0 && s.best[place - 1] < size[d]; place--) s.best[place] = s.best[place - 1], to[place] = to[place - 1];
+        s.best[place] = size[d], to[place] = int32_t(d);
+    }
+    for (; found < job.count; found++) to[found] = -1;
+}
+
 // One unit (a label, or a group) on one panel; the rows of s.z are its labels.
 template <int NV>
 double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t members, float* slice_dx, const Range* positives) {
@@ -460,8 +521,7 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
             for (int64_t i = width; i < NV * LANES; i++) s.z[l * PANEL + i] = 0;
         }
         if (grouped && job.dweight)
-            for (int64_t k = 0; k < job.fan_in; k++)
-                std::memcpy(&s.rows[k * NV * LANES], x + int64_t(s.index[k]) * NV * LANES, NV * LANES * sizeof(float));
+            gather<NV>(job, s, x);
     } else if (grouped) {
         group_logits<NV>(job, s, x, members, job.bias ? job.bias + label : nullptr);
     } else {
@@ -480,12 +540,25 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
         }
         return 0;
     }
-    if (job.mode == STEP)
+    if (job.mode == CANDIDATES) {
         for (int64_t l = 0; l < members; l++) {
-            loss += logit_gradient<NV>(job, &s.z[l * PANEL], column, width, positives[l], job.losses != nullptr);
-            vf sum = load(&s.z[l * PANEL]);
-            for (int v = 1; v < NV; v++) sum += load(&s.z[l * PANEL + v * LANES]);
-            s.dbias[l] += total(sum);
+            logit_gradient<NV>(job, &s.z[l * PANEL], column, width, positives[l], false);
+            add_dense_gradient<NV>(job, s, x, l);
+        }
+        return 0;
+    }
+    if (job.mode == STEP)
+        for (int64_t l = 0; l < members; l += LANES) {
+            vf sums[LANES] = {};
+            const int64_t some = members - l < LANES ? members - l : LANES;
+            for (int64_t j = 0; j < some; j++) {
+                float* z = &s.z[(l + j) * PANEL];
+                loss += logit_gradient<NV>(job, z, column, width, positives[l + j], job.losses != nullptr);
+                sums[j] = load(z);
+                for (int v = 1; v < NV; v++) sums[j] += load(z + v * LANES);
+            }
+            if (some == 1) s.dbias[l] += total(sums[0]);
+            else save(&s.dbias[l], load(&s.dbias[l]) + totals(sums));
         }
     const bool dw = job.mode == STEP || job.dweight;
     if (grouped) {
@@ -510,7 +583,8 @@ void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const 
         for (int64_t t = begin / job.tile; t * job.tile < end; t++)
             for (int64_t b = 0; b < job.batch; b++) job.z[t * job.batch + b] = -std::numeric_limits<float>::infinity();
     int64_t next = 0;  // of the positives
-    if (job.mode == STEP) {
+    const bool with_positives = job.mode == STEP || job.mode == CANDIDATES;
+    if (with_positives) {
         int64_t high = job.positives;
         while (next < high) {
             int64_t middle = (next + high) / 2;
@@ -523,13 +597,14 @@ void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const 
         const int64_t members = end - label < job.group ? end - label : job.group;
         indices(job.index, job.index_type, label / job.group * n, n, s.index.data());
         for (int64_t l = 0; l < members; l++) decode(job.weight, job.weight_type, (label + l) * n, n, &s.weight[l * s.stride]);
-        if (job.mode == STEP)
+        if (with_positives)
             for (int64_t l = 0; l < members; l++) {
                 positives[l].begin = next;
                 while (next < job.positives && job.positive_labels[next] == label + l) next++;
                 positives[l].end = next;
-                s.dbias[l] = 0;
             }
+        std::fill(s.dbias.begin(), s.dbias.end(), 0.0f);
+        if (job.mode == CANDIDATES) std::fill(s.dense.begin(), s.dense.end(), 0.0f);
         if (job.mode == STEP || job.dweight) std::memset(s.dweight.data(), 0, members * s.stride * sizeof(float));
         for (int64_t p = 0; p < panels; p++) {
             const int64_t vectors = (padded - p * PANEL) / LANES;
@@ -538,6 +613,7 @@ void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const 
             else if (vectors == 2) loss += panel<2>(job, s, p, label, members, dx, positives.data());
             else loss += panel<1>(job, s, p, label, members, dx, positives.data());
         }
+        if (job.mode == CANDIDATES) choose_candidates(job, s, members, job.candidates + label / job.group * job.count);
         for (int64_t l = 0; l < members; l++) {
             if (job.mode == STEP) {
                 update_row(job, label + l, &s.weight[l * s.stride], &s.dweight[l * s.stride]);
