@@ -324,7 +324,7 @@ def test_measured_peaks_are_as_predicted(recorded: dict[str, Any]) -> None:
 def test_the_record_names_sizes_and_scale(recorded: dict[str, Any], workspace: tuple[Path, Config]) -> None:
     assert (recorded["device"], recorded["batch"], recorded["tokens"], recorded["dtype"]) == ("cpu", 64, 64, "float32")
     assert recorded["head_bytes"] == {"this": 60_000 * 8 * 6, "dense": 60_000 * 128 * 4}
-    assert recorded["ratio"] == pytest.approx(128 * 4 / (8 * 5))
+    assert recorded["ratio"] == pytest.approx(128 * 4 / (8 * 6))
     scale = [(row["labels"], row["head"]) for row in recorded["scale"]]
     assert scale == [(200_001, "fixed_fan_in"), (200_001, "dense"), (400_000, "fixed_fan_in"), (400_000, "dense")]
     for row in recorded["scale"]:

@@ -49,7 +49,7 @@ class Dense(Head):
             g = torch.addmm(self.bias[rows, None], weight, xt)
             losses.append(logit_gradient_(g, positives.labels[own] - start, positives.documents[own], self.loss, want_loss))
             dxt.addmm_(weight.t(), g)
-            update.apply(weight, g @ xt.t(), _part(self.momentum, rows))
+            _add_outer(weight, _part(self.momentum, rows), g, x, update)
             update.apply(self.bias[rows], g.sum(1), _part(self.bias_momentum, rows), decay=False)
             del g  # before the next chunk's is made
         total = torch.stack([value.double() for value in losses if value is not None]).sum() if want_loss else None
@@ -110,6 +110,17 @@ class Bottleneck(Dense):
 
     def _read(self, x: Tensor) -> Tensor:
         return x @ self.projection.t()
+
+
+def _add_outer(weight: Tensor, momentum: Tensor | None, g: Tensor, x: Tensor, update: Update) -> None:
+    """SGD on `weight` [l, D'] with the gradient g x, which goes straight into weight or momentum and is never held."""
+    if momentum is None:
+        weight.mul_(1 - update.lr * update.weight_decay).addmm_(g, x, alpha=-update.lr * update.scale)
+        return
+    momentum.addmm_(g, x, beta=update.momentum, alpha=update.scale)
+    if update.weight_decay:
+        momentum.add_(weight, alpha=update.weight_decay)
+    weight.add_(momentum, alpha=-update.lr)
 
 
 def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:

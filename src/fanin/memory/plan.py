@@ -262,7 +262,7 @@ def step_buffers(head: HeadSettings, labels: int, features: int, batch: int, dev
     chunk = min(max((2**18 if device == "cpu" else 2**24) // batch, 256), 2**16, labels)
     vectors = 2 * _FLOAT * batch * reads * (2 if head.kind == "bottleneck" else 1)  # x and dx, features first; y = P x, dy
     logits = _FLOAT * chunk * batch
-    return vectors + logits + max(logits, _FLOAT * chunk * reads)  # the loss's values; the weight gradient
+    return vectors + 2 * logits  # the loss's values beside them
 
 
 def rewire_buffers(head: HeadSettings, labels: int, features: int, batch: int, method: str, prune: str) -> int:
