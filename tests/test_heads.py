@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from fanin.config import Head as HeadSettings
 from fanin.files import InputError
-from fanin.heads import Bottleneck, Dense, FixedFanIn, Head, build_head, index_dtype
+from fanin.heads import Bottleneck, Dense, FixedFanIn, Head, build_head
+from fanin.kernels.layer import index_dtype
 from fanin.kernels.reference import Reference, expand
 from fanin.objectives import Positives
 from fanin.rewiring import Schedule

@@ -45,6 +45,7 @@ def closure(script: str) -> set[str]:
         if file in seen or file.startswith(WATCHERS):
             continue
         seen.add(file)
+        seen |= {path.relative_to(ROOT).as_posix() for path in (ROOT / file).parent.glob("*.cpp")}  # compiled when imported
         waiting |= imports(ROOT / file)
     return seen - {"src/fanin/__init__.py"}
 
@@ -54,7 +55,7 @@ def test_deps_are_the_files_that_the_stage_uses(name):
     stage = STAGES[name]
     script = f"pipeline/{name}.py"
     assert stage["cmd"] == f"python {script}"
-    listed = {dep for dep in stage["deps"] if dep.endswith(".py")}
+    listed = {dep for dep in stage["deps"] if dep.endswith((".py", ".cpp"))}
     assert listed == closure(script) | {script}
 
 

@@ -18,7 +18,8 @@ from fanin.centroids import load_label_documents
 from fanin.clusters import build_clusters
 from fanin.config import Config
 from fanin.files import InputError, read_json
-from fanin.heads import Bottleneck, Dense, FixedFanIn, Head, index_dtype
+from fanin.heads import Bottleneck, Dense, FixedFanIn, Head
+from fanin.kernels.layer import index_dtype
 from fanin.sparse_coding import decode, encode, kmeans_dictionary, learn_dictionary
 from fanin.start import build_start, whitening
 

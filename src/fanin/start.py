@@ -23,7 +23,7 @@ from fanin.config import Config
 from fanin.data.tokens import TokenSet
 from fanin.devices import choose_device
 from fanin.files import InputError, atomic_path, write_json
-from fanin.heads import index_dtype
+from fanin.kernels.layer import index_dtype
 from fanin.start_forms import Expressed, Whitening, fit_form
 
 RIDGE = 0.05  # of the covariance, in mean eigenvalues

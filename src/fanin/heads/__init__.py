@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from fanin.heads.dense import Bottleneck, Dense
-from fanin.heads.fixed_fan_in import FixedFanIn, index_dtype
+from fanin.heads.fixed_fan_in import FixedFanIn
 from fanin.heads.head import Head
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
-__all__ = ["STORED", "Bottleneck", "Dense", "FixedFanIn", "Head", "build_head", "index_dtype"]
+__all__ = ["STORED", "Bottleneck", "Dense", "FixedFanIn", "Head", "build_head"]
 
 
 def build_head(settings: Any, labels: int, width: int, generator: torch.Generator | None = None) -> Head:

@@ -12,13 +12,8 @@ from fanin import kernels, rewiring
 from fanin.files import InputError
 from fanin.heads.head import Head
 from fanin.kernels import Backend, Layer, Update
-from fanin.kernels.layer import FAN_IN_LIMIT, WEIGHT_TYPES, decode
+from fanin.kernels.layer import FAN_IN_LIMIT, WEIGHT_TYPES, decode, index_dtype
 from fanin.objectives import Positives
-
-
-def index_dtype(width: int) -> torch.dtype:
-    """The smallest integer type of the kernels that holds feature numbers 0..width-1."""
-    return torch.uint16 if width <= 2**16 else torch.int32
 
 
 class FixedFanIn(Head):

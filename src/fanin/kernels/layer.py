@@ -17,6 +17,11 @@ _FP8_HIGHEST = 448.0
 _MASK = 0xFFFFFFFF
 
 
+def index_dtype(width: int) -> torch.dtype:
+    """The smallest integer type of the kernels that holds feature numbers 0..width-1."""
+    return torch.uint16 if width <= 2**16 else torch.int32
+
+
 class Unavailable(RuntimeError):
     """A backend that was asked for by name cannot run here; the message says why."""
 

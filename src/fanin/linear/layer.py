@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fanin import kernels, rewiring
-from fanin.kernels.layer import FAN_IN_LIMIT
+from fanin.kernels.layer import FAN_IN_LIMIT, index_dtype
 from fanin.linear.operators import autocasts, fixed_fan_in_linear
 from fanin.linear.rewire import Captured, capture, magnitude, random_scores, rewire
 
@@ -66,7 +66,7 @@ class FixedFanInLinear(nn.Module):
             raise ValueError(f"backend {backend!r} is not one of auto, {', '.join(kernels.BACKENDS)}")
         self.in_features, self.out_features, self.fan_in = in_features, out_features, fan_in
         self.group, self.backend = group, backend
-        self._index_type = torch.uint16 if in_features <= 2**16 else torch.int32
+        self._index_type = index_dtype(in_features)
         rows = -(-out_features // group)
         size = fan_in * self._index_type.itemsize
         self.weight = nn.Parameter(torch.empty(out_features, fan_in, device=device, dtype=dtype))

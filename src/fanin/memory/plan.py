@@ -18,7 +18,8 @@ from fanin import kernels
 from fanin.config import Config
 from fanin.config import Head as HeadSettings
 from fanin.files import InputError
-from fanin.heads import STORED, index_dtype
+from fanin.heads import STORED
+from fanin.kernels.layer import index_dtype
 
 PARTS = ("baseline", "encoder", "encoder_optimizer", "activations", "head_weights", "indices", "head_optimizer", "buffers")
 _FLOAT = 4  # weights, gradients, moments and heads are float32
