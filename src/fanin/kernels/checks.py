@@ -1,0 +1,120 @@
+"""Checks on a backend's arguments, made before any memory is written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fanin.kernels.layer import FAN_IN_LIMIT, INDEX_TYPES, LOSSES, WEIGHT_TYPES, Layer
+
+INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_layer(x: Tensor, layer: Layer, *, values: bool = False, contiguous: bool = True) -> None:
+    """x [B, D] and the layer's tensors fit together.
+
+    values: also that every row's indices are distinct and below D, which reads the index and waits for the device.
+    contiguous: also that the layer's tensors lie in memory without gaps (x may be strided).
+    Raises ValueError with what was found, what was expected and what to do.
+    """
+    weight, index = layer.weight, layer.index
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x is {_shape(x)}; expected floats [B, D]")
+    if not len(x):
+        raise ValueError("x is an empty batch (0 documents); leave such batches out")
+    if weight.dim() != 2 or index.dim() != 2 or not weight.numel():
+        raise ValueError(f"weight is {_shape(weight)} and index {_shape(index)}; expected [L, K] and [L / G, K]")
+    labels, fan_in = weight.shape
+    if layer.group < 1:
+        raise ValueError(f"group is {layer.group}; expected 1 or more labels a group")
+    if fan_in > FAN_IN_LIMIT:
+        raise ValueError(f"fan-in {fan_in} is over the limit of {FAN_IN_LIMIT}; use a dense layer for labels that read so much")
+    if fan_in > x.shape[1]:
+        raise ValueError(f"fan-in {fan_in} is over the {x.shape[1]} features of x; indices in a row must be distinct")
+    rows = -(-labels // layer.group)
+    if tuple(index.shape) != (rows, fan_in):
+        raise ValueError(
+            f"index is {_shape(index)}; expected [{rows}, {fan_in}] for weight {_shape(weight)} in groups of {layer.group}"
+        )
+    _types("x", x, INPUT_TYPES)
+    _types("weight", weight, WEIGHT_TYPES)
+    _types("index", index, INDEX_TYPES)
+    state = (
+        ("bias", layer.bias, (labels,), (torch.float32,)),
+        ("momentum", layer.momentum, (labels, fan_in), (torch.float32, torch.bfloat16)),
+        ("bias_momentum", layer.bias_momentum, (labels,), (torch.float32,)),
+        ("compensation", layer.compensation, (labels, fan_in), (torch.bfloat16,)),
+    )
+    for name, value, shape, types in state:
+        if value is not None:
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{name} is {_shape(value)}; expected {list(shape)}, for weight {_shape(weight)}")
+            _types(name, value, types)
+    present = [("weight", weight), ("index", index), *((name, value) for name, value, _, _ in state if value is not None)]
+    for name, value in present:
+        if value.device != x.device:
+            raise ValueError(f"{name} is on {value.device} but x on {x.device}; move one of them")
+        if contiguous and not value.is_contiguous():
+            raise ValueError(f"{name} is not contiguous (strides {value.stride()}); pass {name}.contiguous()")
+    if values:
+        _check_index(index, x.shape[1])
+
+
+def check_positives(
+    labels: Tensor, documents: Tensor, total: int, batch: int, device: torch.device, *, values: bool = False
+) -> None:
+    """(labels, documents) [P] int64 are places of [total labels, batch documents], on `device`.
+
+    values: also that they are sorted by label, in range and each there once, which waits for the device.
+    Raises ValueError as check_layer does.
+    """
+    for name, value in (("labels", labels), ("documents", documents)):
+        if value.dim() != 1 or value.dtype != torch.int64:
+            raise ValueError(f"{name} of the positives is {_shape(value)} {value.dtype}; expected int64 [P]")
+        if value.device != device:
+            raise ValueError(f"{name} of the positives is on {value.device} but x on {device}; move one of them")
+        if not value.is_contiguous():
+            raise ValueError(f"{name} of the positives is not contiguous; pass {name}.contiguous()")
+    if len(labels) != len(documents):
+        raise ValueError(f"{len(labels)} labels but {len(documents)} documents of positives; they are pairs")
+    if not values or not len(labels):
+        return
+    for name, value, limit in (("label", labels, total), ("document", documents, batch)):
+        low, high = (int(bound) for bound in value.aminmax())
+        if low < 0 or high >= limit:
+            raise ValueError(f"positives name {name} {low if low < 0 else high}; expected 0 to {limit - 1}")
+    if bool((labels[1:] < labels[:-1]).any()):
+        raise ValueError("labels of the positives are not sorted; sort the pairs by label")
+    pairs = (labels * batch + documents).sort().values
+    if bool((pairs[1:] == pairs[:-1]).any()):
+        raise ValueError("a pair (label, document) is among the positives twice; give each once")
+
+
+def check_loss(loss: str) -> None:
+    if loss not in LOSSES:
+        raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)}")
+
+
+def _check_index(index: Tensor, features: int) -> None:
+    at_once = 2**22 // index.shape[1]
+    for begin in range(0, len(index), at_once):
+        rows = index[begin : begin + at_once].to(torch.int64).sort(dim=1).values
+        low, high = int(rows[:, 0].min()), int(rows[:, -1].max())
+        if low < 0 or high >= features:
+            raise ValueError(
+                f"index holds feature {low if low < 0 else high}; expected 0 to {features - 1}, for x has {features}"
+            )
+        repeated = (rows[:, 1:] == rows[:, :-1]).any(dim=1)
+        if bool(repeated.any()):
+            row = begin + int(repeated.to(torch.uint8).argmax())
+            raise ValueError(f"row {row} of index holds a feature twice; a row's features must be distinct")
+
+
+def _types(name: str, value: Tensor, types: tuple[torch.dtype, ...]) -> None:
+    if value.dtype not in types:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in types)
+        raise ValueError(f"{name} is {str(value.dtype).removeprefix('torch.')}; expected one of {names}")
+
+
+def _shape(value: Tensor) -> str:
+    return str(list(value.shape))

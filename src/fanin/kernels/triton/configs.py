@@ -1,0 +1,89 @@
+"""The launch configurations that ship, one for each shape: no autotuning, so no first-call delay and no run-to-run change.
+
+Chosen from what ahead-of-time compilation reports (aot.py) and from counting bytes (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SCRATCH_BYTES = 80 * 2**20
+"""What one launch hands to the next: a step's chunk of labels is as long as fits. The longer, the fewer launches; the
+shorter, the more of it stays in the GPU's L2 cache."""
+PARTIAL_BYTES = 64 * 2**20
+"""All partial sums of dx; at least one is always made."""
+TOPK_LABELS = 2**23
+"""Labels whose tiles' maxima are held at once."""
+PICK_BYTES = 2**28
+"""Logits of chosen tiles held at once: larger batches go by in turns."""
+
+
+@dataclass(frozen=True)
+class Single:
+    """G = 1. A program works through BLOCK_L labels with [BLOCK_K, BLOCK_B] gathered features each."""
+
+    block_l: int
+    block_k: int
+    block_b: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """G > 1. A tile is [block_m labels, block_b documents], and block_k of its fan-in at a time.
+
+    registers: a thread's limit, which lets more blocks share a multiprocessor; None: the compiler's choice.
+    """
+
+    block_m: int
+    block_k: int
+    block_b: int
+    warps: int
+    registers: int | None
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """A program adds the rows of block_f features, block_e at a time, for block_b documents."""
+
+    block_f: int
+    block_e: int
+    block_b: int
+    warps: int
+
+
+def single(fan_in: int, batch: int) -> Single:
+    """2,048 gathered features a warp are 64 registers a thread, and leave room for twelve warps a multiprocessor."""
+    block_k = power_of_two(fan_in, 2)
+    block_b = min(power_of_two(batch, 16), 64 if block_k <= 128 else 32)
+    return Single(16, block_k, block_b, min(max(block_k * block_b // 2048, 1), 8))
+
+
+def grouped(fan_in: int, group: int, batch: int, wide: bool, capability: int) -> Grouped:
+    """wide: float32 arithmetic, whose operands, split in high and low parts, take four times the registers.
+
+    capability: 80, 90 and so on, 0 for what is not NVIDIA's. From 90 on the operands of a matrix product stay in shared
+    memory, so that 128 registers are enough and two blocks share a multiprocessor; before, a warp holds all of the second.
+    """
+    hopper = capability >= 90
+    block_m = min(power_of_two(group, 16), 32 if wide else 64)
+    block_k = min(power_of_two(fan_in, 16), 64 if wide or hopper else 32)
+    block_b = min(power_of_two(batch, 16), 32 if wide else 128)
+    largest = max(block_m * block_b, block_k * block_b, block_m * block_k)  # of the three accumulators
+    warps = 8 if largest >= (2048 if wide else 8192) else 4
+    return Grouped(block_m, block_k, block_b, warps, 128 if hopper and warps == 8 and not wide else None)
+
+
+def reduce(group: int, block_b: int) -> Reduce:
+    """G = 1: 64 bytes of a row of g, so that those of 2,048 labels fit an L1 cache. G > 1: each row is read once."""
+    return Reduce(8, 16, min(block_b, 32), 4) if group == 1 else Reduce(2, 32, min(block_b, 64), 4)
+
+
+PICK = (16, 64, 4)
+"""Labels and features at once, and warps, of top-k's second pass."""
+TOPK_TILE = 64
+
+
+def power_of_two(value: int, least: int) -> int:
+    """The lowest power of two that is no less than `value` and `least`."""
+    return max(1 << (value - 1).bit_length(), least)

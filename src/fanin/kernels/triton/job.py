@@ -1,0 +1,96 @@
+"""What a call of the `triton` backend makes before its first launch, and the sum of dx that it builds up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fanin.kernels.layer import _MOMENTUM_STREAM, Layer, mix
+from fanin.kernels.triton import configs
+from fanin.kernels.triton.order import Order
+from fanin.kernels.triton.plan import Plan
+
+_VIEWS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
+
+
+def raw(stored: Tensor | None) -> Any:
+    """The view of a stored tensor that the kernels decode: bfloat16 as int16, float8_e4m3fn as uint8."""
+    return stored if stored is None or stored.dtype not in _VIEWS else stored.view(_VIEWS[stored.dtype])
+
+
+def seeds(seed: int) -> tuple[int, ...]:
+    """The seeds of the weights' and the momentum's random bits, as int32: so a kernel is compiled once for all."""
+    own = mix(seed)
+    return tuple(value - 2**32 if value >= 2**31 else value for value in (own, own ^ _MOMENTUM_STREAM))
+
+
+class Job:
+    """A layer, x turned round and padded, and the plan for their shapes.
+
+    xt [D, stride]: float32 for float32 weights, else bfloat16; rows are whole blocks of documents, so that every gathered
+    row is aligned and no load of it is masked. The pads are zeros.
+    """
+
+    def __init__(self, x: Tensor, layer: Layer, capability: int) -> None:
+        wide = layer.weight.dtype == torch.float32
+        self.x, self.layer = x, layer
+        self.plan = Plan(layer.labels, x.shape[1], layer.fan_in, layer.group, len(x), wide, capability)
+        self.dtype = torch.float32 if wide else torch.bfloat16
+        self.xt = torch.zeros(self.plan.features, self.plan.stride, dtype=self.dtype, device=x.device)
+        self.xt[:, : len(x)] = x.detach().t()
+
+    def empty(self, rows: int) -> Tensor:
+        return torch.empty(rows, self.plan.stride, dtype=self.dtype, device=self.x.device)
+
+    def ranges(self, labels: Tensor) -> Tensor:
+        """Where in the sorted `labels` each tile's positives begin, and their end: int64 [tiles + 1]."""
+        plan = self.plan
+        tile = torch.arange(plan.tiles(plan.labels) + 1, device=labels.device)
+        begin = tile // plan.tiles_per_group * plan.group + tile % plan.tiles_per_group * plan.tile
+        if plan.group == 1:
+            begin = tile * plan.tile
+        return torch.searchsorted(labels, begin.clamp_(max=plan.labels))
+
+
+class InputGradient:
+    """dx while it is summed over chunks of labels: deterministic partial sums [slices, D, stride], or one for atomics.
+
+    rows: what the grouped kernel leaves to be summed; atomic: what kernels add to, None where the sum is deterministic.
+    """
+
+    def __init__(self, job: Job, order: Order | None, chunk: int, kernel: Any, launch: Callable[..., None]) -> None:
+        plan = job.plan
+        self.order = order
+        self._job, self._kernel, self._launch = job, kernel, launch
+        slices = 1 if order is None else plan.slices(chunk)
+        self._partial = torch.zeros(slices, plan.features, plan.stride, device=job.x.device)
+        self.atomic = self._partial[0] if order is None else None
+        self.rows: Tensor | None = None
+        if order is not None and plan.group > 1:
+            self.rows = job.empty(plan.tiles(min(chunk, plan.labels)) * plan.fan_in)
+
+    def add(self, part: Layer, g: Tensor | None, weight: Tensor | None) -> None:
+        """Add what a chunk of labels gives: from `rows`, or for G = 1 from g and its stored weights. Atomics have done it."""
+        plan, order = self._job.plan, self.order
+        if order is None:
+            return
+        config = configs.reduce(plan.group, plan.config.block_b)
+        first = (part.first - self._job.layer.first) // plan.group // order.rows
+        blocks = -(-len(part.index) // order.rows)
+        slices = len(self._partial)
+        run = plan.feature_run(slices)
+        self._launch(
+            self._kernel, (slices, -(-plan.features // run), plan.stride // config.block_b),
+            g if plan.group == 1 else self.rows, weight, order.places[first:], order.starts[first:], self._partial,
+            blocks, order.rows * plan.fan_in, plan.features, run, plan.fan_in, plan.stride,
+            TILES=plan.tiles_per_group, BLOCK_F=config.block_f, BLOCK_E=config.block_e, BLOCK_B=config.block_b,
+            num_warps=config.warps,
+        )  # fmt: skip
+
+    def total(self) -> Tensor:
+        """dx [B, D] in x's type."""
+        total = self._partial[0] if len(self._partial) == 1 else self._partial.sum(0)
+        return total[:, : len(self._job.x)].t().to(self._job.x.dtype).contiguous()

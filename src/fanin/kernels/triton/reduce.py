@@ -1,0 +1,75 @@
+"""The deterministic sum of dx: no atomics, every feature's terms added in a fixed order.
+
+A layer's index entries are cut in blocks, and within a block sorted by feature once (order.py). Then each feature's
+terms are a short list of places, whose rows are gathered and added:
+    G = 1: row l of g [labels, documents], times the weight at the place;
+    G > 1: the row of dx_rows that the grouped kernel wrote for the place.
+"""
+
+import triton
+import triton.language as tl
+
+from fanin.kernels.triton.storage import decode, place_of
+
+
+@triton.jit(do_not_specialize=["blocks", "features", "feature_run"], do_not_specialize_on_alignment=["starts"])
+def reduce(
+    source,  # G = 1: g [labels, stride]; else dx_rows [groups * TILES * fan_in, stride]
+    weight,  # G = 1: the stored weights [labels, fan_in] that g is multiplied with; else None
+    order,  # [blocks, entries]: each block's places by feature
+    starts,  # [blocks, features + 1]: where each feature's places begin in `order`, within the block
+    partial,  # [slices, features, stride] float32, added to
+    blocks,
+    entries,  # places a block
+    features,
+    feature_run,  # features a program works through
+    fan_in,
+    stride,
+    TILES: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """One slice's blocks, one run of features, one block of documents."""
+    slices = tl.num_programs(0)
+    columns = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
+    begin = tl.program_id(1) * feature_run
+    end = tl.minimum(begin + feature_run, features)
+    while begin < end:
+        feature = begin + tl.arange(0, BLOCK_F)
+        inside = feature < end
+        total = tl.zeros([BLOCK_F, BLOCK_E, BLOCK_B], tl.float32)
+        block = tl.program_id(0).to(tl.int64)
+        while block < blocks:
+            edges = starts + place_of(block, features + 1) + feature
+            start = tl.load(edges, mask=inside, other=0)
+            stop = tl.load(edges + 1, mask=inside, other=0)
+            longest = tl.max(stop - start, 0)
+            done = 0
+            while done < longest:
+                entry = start[:, None] + done + tl.arange(0, BLOCK_E)[None, :]
+                mask = entry < stop[:, None]
+                place = tl.load(order + place_of(block, entries) + entry, mask=mask, other=0).to(tl.int32)
+                if weight is not None:
+                    w = decode(tl.load(weight + place_of(block, entries) + place, mask=mask, other=0))
+                    first = source + place_of(block * (entries // fan_in), stride)
+                    row = place_of(place // fan_in, stride)
+                    rows = tl.load(first + row[:, :, None] + columns[None, None, :], mask=mask[:, :, None], other=0.0)
+                    total += w[:, :, None] * rows.to(tl.float32)
+                else:
+                    first = source + place_of(block * entries * TILES, stride)
+                    for tile in tl.static_range(TILES):
+                        row = place
+                        if TILES > 1:
+                            row = (place // fan_in * TILES + tile) * fan_in + place % fan_in
+                        row = place_of(row, stride)
+                        rows = tl.load(first + row[:, :, None] + columns[None, None, :], mask=mask[:, :, None], other=0.0)
+                        total += rows.to(tl.float32)
+                done += BLOCK_E
+            block += slices
+        first_feature = tl.program_id(0).to(tl.int64) * features + begin
+        local = tl.arange(0, BLOCK_F)[:, None] * stride + columns[None, :]
+        target = partial + place_of(first_feature, stride) + local
+        old = tl.load(target, mask=inside[:, None], other=0.0)
+        tl.store(target, old + tl.sum(total, 1), mask=inside[:, None])
+        begin += BLOCK_F
