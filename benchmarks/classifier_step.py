@@ -242,8 +242,8 @@ def peak_of(call: Callable[[], Any]) -> float:
     return max(read("VmHWM:") - before, 0) / 2**10
 
 
-def compare(sides: list[Side], rounds: int, rates: dict[str, float], what: str = "step") -> list[dict[str, Any]]:
-    """Check all sides, then time them in turns; one record each."""
+def compare(sides: list[Side], rounds: int, tops: dict[str, ceilings.Ceiling]) -> list[dict[str, Any]]:
+    """Check all sides, then time them and the machine's ceilings in turns; one record each."""
     built: dict[Side, tuple[Head, Tensor, Positives]] = {}
     peaks = {}
     for side in sides:
@@ -258,10 +258,14 @@ def compare(sides: list[Side], rounds: int, rates: dict[str, float], what: str =
         built[side] = (head, *inputs(side.labels, side.features, side.batch))
         peaks[side] = sum(head.bytes().values()) / 2**20 + peak_of(_step(side, *built[side]))
     found = []
-    times = alternate({side: _step(side, *given) for side, given in built.items()}, rounds)
+    calls: dict[Any, Callable[[], Any]] = {name: top.call for name, top in tops.items()}
+    times = alternate(calls | {side: _step(side, *given) for side, given in built.items()}, rounds)
+    rates = {name: 1e3 * top.work / spread(times.pop(name))["median_ms"] for name, top in tops.items()}
+    print("ceilings: " + ", ".join(f"{name} {rate / 1e9:.1f} G/s" for name, rate in rates.items()), flush=True)
     slowest = max((spread(t)["median_ms"] for s, t in times.items() if s.head == "dense"), default=None)
     for side, taken in times.items():
-        record = asdict(side) | {"what": what} | spread(taken) | {"peak_mib": peaks[side], "floor_ms": side.floor(rates)}
+        record = asdict(side) | {"what": "step"} | spread(taken)
+        record |= {"peak_mib": peaks[side], "floor_ms": side.floor(rates), "ceilings": rates}
         found.append(record)
         ratio = "" if slowest is None else f", {slowest / record['median_ms']:.1f} x dense"
         line = f"{side.name}: {record['median_ms']:.2f} ms (p10 {record['p10_ms']:.2f}, p90 {record['p90_ms']:.2f}), "
@@ -332,9 +336,9 @@ def on_cpu(quick: bool) -> dict[str, list[list[Side]]]:
             sides += [replace(base, group=group, backend="torch") for group in (1, 16)]
         shapes.append(sides)
     wide = Side("fixed_fan_in", 131072, 768, 64, 32, 1, backend="cpu")
-    growth = [[replace(wide, labels=n, group=group)] for n in (131072, 670091, 2812281) for group in (1, 16)]
+    growth = [[replace(wide, labels=n, group=g) for n in (131072, 670091, 2812281)[: 2 if quick else 3]] for g in (1, 16)]
     top = [Side("dense", 131072, 384, 64), *(Side("fixed_fan_in", 131072, 384, 64, 32, g, backend="cpu") for g in (1, 16))]
-    return {"step": shapes, "growth": growth[:4] if quick else growth, "topk": [top], "rewire": [top[1:]]}
+    return {"step": shapes, "growth": growth, "topk": [top], "rewire": [top[1:]]}
 
 
 def on_gpu(quick: bool) -> dict[str, list[list[Side]]]:
@@ -359,15 +363,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     cuda = torch.cuda.is_available()
-    rates = ceilings.measure()
-    print("ceilings: " + ", ".join(f"{key} {value / 1e9:.1f} G/s" for key, value in rates.items()), flush=True)
+    tops = ceilings.ceilings()
     rounds = 7 if options.quick else 21
     for what, comparisons in (on_gpu if cuda else on_cpu)(options.quick).items():
         if options.only and what not in options.only:
             continue
         for sides in comparisons:
-            found = compare(sides, rounds, rates) if what in ("step", "growth") else others(what, sides, max(rounds // 2, 3))
-            path = records.add("classifier_step", [record | {"ceilings": rates} for record in found], options.out)
+            found = compare(sides, rounds, tops) if what in ("step", "growth") else others(what, sides, max(rounds // 2, 3))
+            path = records.add("classifier_step", found, options.out)
     print(f"records in {path}")
 
 

@@ -58,7 +58,9 @@ def draw(rows: list[dict[str, Any]], title: str, axes: Any) -> None:
     high = max(max(row["floor_ms"], row["median_ms"]) for row in rows) * 1.6
     for factor, style in ((1, "-"), (2, "--"), (8, ":")):
         axes.plot([low, high], [factor * low, factor * high], style, color="#444444", linewidth=0.9, zorder=0)
-        axes.annotate(f"{factor} x" if factor > 1 else "floor", (low, factor * low), (5, 6), fontsize=8, textcoords="offset points")
+        axes.annotate(
+            f"{factor} x" if factor > 1 else "floor", (low, factor * low), (5, 6), fontsize=8, textcoords="offset points"
+        )
     axes.set(xscale="log", yscale="log", xlabel="floor (ms)", ylabel="one training step of the layer (ms)", title=title)
     axes.set_xlim(low, max(row["floor_ms"] for row in rows) * 1.6)
     axes.grid(True, which="major", color="#e4e4e4", linewidth=0.6)

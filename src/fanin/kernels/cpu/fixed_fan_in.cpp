@@ -137,27 +137,38 @@ inline uint32_t random_bits(uint32_t seed, uint64_t place) {
     return h ^ h >> 16;
 }
 
-inline float from_float8(uint8_t code) {
-    uint32_t size = code & 0x7F, sign = uint32_t(code & 0x80) << 24;
-    float low = float(size) * 0x1p-9f;  // subnormal
-    uint32_t b = size < 8 ? float_to_bits(low) : (size << 20) + (120u << 23);
-    return bits_to_float(b | sign);
-}
+struct Float8 {
+    float values[256];
+    Float8() {
+        for (uint32_t code = 0; code < 256; code++) {
+            uint32_t size = code & 0x7F, sign = (code & 0x80) << 24;
+            float low = float(size) * 0x1p-9f;  // subnormal
+            uint32_t b = size < 8 ? float_to_bits(low) : (size << 20) + (120u << 23);
+            values[code] = size == 0x7F ? std::numeric_limits<float>::quiet_NaN() : bits_to_float(b | sign);
+        }
+    }
+};
+const Float8 FLOAT8_VALUES;
+
+inline float from_float8(uint8_t code) { return FLOAT8_VALUES.values[code]; }
 
 // noise: 20 random bits, or 1 << 19 for rounding to nearest (away from zero on a tie)
 inline uint8_t to_float8(float value, uint32_t noise) {
     uint32_t b = float_to_bits(value), size = b & 0x7FFFFFFFu;
-    uint32_t normal = ((size + noise) >> 20) - (120u << 3);
-    uint32_t low = uint32_t(std::fabs(value) * 512.0f + float(noise) * 0x1p-20f);
-    uint32_t code = size < (121u << 23) ? low : normal;
+    int32_t normal = int32_t((size + noise) >> 20) - (120 << 3);
+    // bounded, so that the conversion is defined for every value; int32 and no branch, so that the compiler makes vectors of it
+    const bool subnormal = size < (121u << 23);
+    int32_t units = int32_t(bits_to_float(subnormal ? size : 0) * 512.0f + float(int32_t(noise)) * 0x1p-20f);
+    int32_t code = subnormal ? units : normal;
     return uint8_t((code < 0x7E ? code : 0x7E) | (b >> 24 & 0x80));
 }
 
 inline uint8_t to_float8_nearest(float value) {
     uint32_t b = float_to_bits(value), size = b & 0x7FFFFFFFu;
-    uint32_t normal = ((size + 0x7FFFFu + (size >> 20 & 1)) >> 20) - (120u << 3);
-    uint32_t low = uint32_t(std::nearbyint(std::fabs(value) * 512.0f));
-    uint32_t code = size < (121u << 23) ? low : normal;
+    int32_t normal = int32_t((size + 0x7FFFFu + (size >> 20 & 1)) >> 20) - (120 << 3);
+    const bool subnormal = size < (121u << 23);
+    int32_t units = int32_t(std::nearbyint(bits_to_float(subnormal ? size : 0) * 512.0f));
+    int32_t code = subnormal ? units : normal;
     return uint8_t((code < 0x7E ? code : 0x7E) | (b >> 24 & 0x80));
 }
 
