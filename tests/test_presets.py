@@ -48,7 +48,8 @@ def load(preset: str, tmp_path: Path) -> Config:
 
 
 def test_all_presets_are_known_and_have_every_section_that_dvc_tracks() -> None:
-    assert {path.stem for path in (ROOT / "presets").glob("*.yaml")} == {*PUBLISHED, "wordnet"} == {*SHAPES, "wordnet"}
+    names = {path.stem for path in (ROOT / "presets").glob("*.yaml")}
+    assert names == {*PUBLISHED, "wordnet", "synthetic"} == {*SHAPES, "wordnet", "synthetic"}
     for path in (ROOT / "presets").glob("*.yaml"):
         assert set(SECTIONS) <= set(yaml.safe_load(path.read_text())), path.name
 
@@ -73,6 +74,13 @@ def test_published_settings(preset: str, tmp_path: Path) -> None:
     assert all(line.startswith("# ") for line in comment.splitlines())
     assert f"{PUBLISHED[preset]}: {labels} labels" in comment
     assert "manikvarma.org/downloads/XC/XMLRepository.html" in comment
+
+
+def test_the_synthetic_preset_shows_every_label(tmp_path: Path) -> None:
+    corpus = load("synthetic", tmp_path).corpus
+    assert corpus.labels == 2_812_281
+    assert corpus.documents * (corpus.labels_per_document - 1) >= corpus.labels
+    assert (ROOT / "data/raw/synthetic/README.md").is_file()  # DVC wants the raw folder of each preset
 
 
 @pytest.mark.parametrize("preset", SHAPES)

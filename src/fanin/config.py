@@ -19,9 +19,13 @@ from fanin.files import InputError
 
 @dataclass
 class Corpus:
-    format: str = "wordnet"  # wordnet | xc_json | xc_sparse | xc_raw | parquet
+    format: str = "wordnet"  # wordnet | xc_json | xc_sparse | xc_raw | parquet | synthetic (made, of any size)
     task: str = "near"  # of the bundled WordNet: near | relations
     label_documents: bool = False  # each label's own text as one more training document (LF- data sets)
+    labels: int = 100_000  # of a synthetic corpus, as the next three
+    documents: int = 100_000  # for training; every label is seen where documents * (labels_per_document - 1) >= labels
+    test_documents: int = 2_000
+    labels_per_document: int = 5  # mean
 
 
 @dataclass
@@ -151,7 +155,7 @@ class Config:
 FAN_IN_LIMIT = 512  # of the kernels; config.py imports no torch
 
 _CHOICES = {
-    "corpus.format": ("wordnet", "xc_json", "xc_sparse", "xc_raw", "parquet"),
+    "corpus.format": ("wordnet", "xc_json", "xc_sparse", "xc_raw", "parquet", "synthetic"),
     "corpus.task": ("near", "relations"),
     "encoder.pooling": ("mean", "cls", "cls_layers"),
     "start.source": ("data", "random"),
@@ -169,6 +173,10 @@ _CHOICES = {
 # key: lowest and highest value, both allowed
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
+    "corpus.labels": (2, 10**9),
+    "corpus.documents": (2, 10**9),
+    "corpus.test_documents": (1, 10**9),
+    "corpus.labels_per_document": (2, 1000),
     "tokens.max_length": (3, 8192),
     "encoder.layers": (1, 1000),
     "encoder.dropout": (0, 0.99),

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from fanin.config import Config, Corpus
 from fanin.data.sources import Document, Facts, OwnParquet, Source
-from fanin.data.wordnet import WordNet
+from fanin.data.synthetic import Synthetic
+from fanin.data.wordnet import SYNSETS, WordNet
 from fanin.data.xc import PUBLISHED, REPOSITORY, XcJson, XcRaw, XcSparse
 from fanin.files import InputError, atomic_path
 
@@ -37,12 +38,12 @@ def build_corpus(config: Config, raw: Path, out: Path) -> dict[str, Any]:
     with atomic_path(out, directory=True) as folder:
         counts = _write(source, folder, config.corpus.label_documents)
         facts = {
-            "name": config.preset if config.corpus.format != "wordnet" else f"{config.preset}-{config.corpus.task}",
+            "name": _name(config),
             **counts,
             **source.facts.counts,
             "source": source.facts.source,
             "licence": source.facts.licence,
-            "checksum": _checksum(source.files()),
+            "checksum": _checksum(source.files(), source.facts.recipe),
         }
         (folder / "corpus.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return facts
@@ -52,6 +53,14 @@ def open_source(corpus: Corpus, raw: Path) -> Source:
     """The source that `corpus.format` names, over the folder `raw`. Raises InputError where files are missing."""
     if corpus.format == "wordnet":
         return WordNet(raw, corpus.task)
+    if corpus.format == "synthetic":
+        return Synthetic(
+            raw.parent / "wordnet" / SYNSETS,
+            labels=corpus.labels,
+            documents=corpus.documents,
+            test_documents=corpus.test_documents,
+            labels_per_document=corpus.labels_per_document,
+        )
     facts = Facts(f"{raw.name} ({corpus.format})", "not stated in the files")
     if raw.name in PUBLISHED:
         facts = Facts(f"{PUBLISHED[raw.name]}, Extreme Classification Repository, {REPOSITORY}", "as stated by the source")
@@ -62,6 +71,11 @@ def open_source(corpus: Corpus, raw: Path) -> Source:
         "parquet": OwnParquet,
     }
     return layouts[corpus.format](raw, facts)
+
+
+def _name(config: Config) -> str:
+    corpus = config.corpus
+    return config.preset + {"wordnet": f"-{corpus.task}", "synthetic": f"-{corpus.labels}"}.get(corpus.format, "")
 
 
 def _write(source: Source, folder: Path, label_documents: bool) -> dict[str, Any]:
@@ -181,9 +195,9 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _checksum(files: list[Path]) -> str:
-    """sha256 over the files' names and bytes, in the given order."""
-    digest = hashlib.sha256()
+def _checksum(files: list[Path], recipe: str) -> str:
+    """sha256 over the recipe, if there is one, and the files' names and bytes, in the given order."""
+    digest = hashlib.sha256(recipe.encode())
     for path in files:
         digest.update(f"{path.name}\n{path.stat().st_size}\n".encode())
         with open(path, "rb") as file:

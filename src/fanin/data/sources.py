@@ -23,6 +23,7 @@ class Facts:
 
     source: str  # where the data comes from
     licence: str
+    recipe: str = ""  # what decides the content beside the files; part of the checksum
     counts: dict[str, int] = field(default_factory=dict)  # what a reader left out, filled while it reads
 
 
