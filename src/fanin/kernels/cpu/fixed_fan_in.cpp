@@ -242,6 +242,15 @@ void indices(const void* stored, int64_t type, int64_t at, int64_t n, int32_t* o
 void update_row(const Job& job, int64_t label, const float* __restrict old, float* __restrict gradient) {
     const int64_t n = job.fan_in, at = label * n;
     const uint64_t place = uint64_t(job.first + label) * uint64_t(n);
+    if (job.weight_type == FLOAT32 && job.momentum_type == FLOAT32 && n % LANES == 0) {  // the usual case, in one sweep
+        float *w = static_cast<float*>(job.weight) + at, *m = static_cast<float*>(job.momentum) + at;
+        for (int64_t i = 0; i < n; i += LANES) {
+            vf was = load(old + i), change = load(gradient + i) * job.scale + job.decay * was + job.momentum_factor * load(m + i);
+            save(m + i, change);
+            save(w + i, was - job.lr * change);
+        }
+        return;
+    }
     for (int64_t i = 0; i < n; i++) gradient[i] = gradient[i] * job.scale + job.decay * old[i];
     if (job.momentum_type == FLOAT32) {
         float* m = static_cast<float*>(job.momentum) + at;
@@ -364,16 +373,16 @@ void single_gradients(const float* x, float* dx, const int32_t* index, const flo
 
 // One panel of one group: small dense products on the K rows that its labels share ----------------------------------------
 
-// z[l] = bias[l] + sum_k weight[l][k] rows[k]
+// z[l] = bias[l] + sum_k weight[l][k] x[index[k]]
 template <int NV, int N>
-void block_logits(const float* rows, const float* weight, int64_t stride, int64_t n, const float* bias, float* z) {
+void block_logits(const float* x, const int32_t* index, const float* weight, int64_t stride, int64_t n, const float* bias, float* z) {
     vf sum[N][NV];
     for (int l = 0; l < N; l++)
         for (int v = 0; v < NV; v++) sum[l][v] = splat(bias ? bias[l] : 0.0f);
     for (int64_t k = 0; k < n; k++)
         for (int v = 0; v < NV; v++) {
-            vf x = load(rows + (k * NV + v) * LANES);
-            for (int l = 0; l < N; l++) sum[l][v] += weight[l * stride + k] * x;
+            vf row = load(x + (int64_t(index[k]) * NV + v) * LANES);
+            for (int l = 0; l < N; l++) sum[l][v] += weight[l * stride + k] * row;
         }
     for (int l = 0; l < N; l++)
         for (int v = 0; v < NV; v++) save(z + l * PANEL + v * LANES, sum[l][v]);
@@ -414,20 +423,16 @@ void block_input(float* dx, const int32_t* index, const float* weight, int64_t s
 
 struct Scratch {
     int64_t stride;  // K rounded up to whole vectors
-    std::vector<float> weight, dweight, rows, turned, z, dbias, dense, best;
+    std::vector<float> weight, dweight, turned, z, dbias, dense, best;
     std::vector<int32_t> index;
 
     explicit Scratch(const Job& job) : stride((job.fan_in + LANES - 1) / LANES * LANES) {
-        const bool grouped = job.group > 1;
         weight.assign(job.group * stride, 0.0f);
         dweight.assign(job.group * stride, 0.0f);
-        index.assign(stride, 0);
+        index.assign(stride, 0);  // beyond K it stays 0: some row is read there, with weight 0
         z.assign(job.group * PANEL, 0.0f);
         dbias.assign((job.group + LANES - 1) / LANES * LANES, 0.0f);
-        if (grouped) {
-            rows.assign(stride * PANEL, 0.0f);  // rows beyond K stay zero
-            turned.assign(PANEL * stride, 0.0f);
-        }
+        if (job.group > 1) turned.assign(PANEL * stride, 0.0f);
         if (job.mode == CANDIDATES) {
             dense.assign(job.group * ((job.features + LANES - 1) / LANES * LANES), 0.0f);
             best.assign(job.count, 0.0f);
@@ -436,23 +441,13 @@ struct Scratch {
 };
 
 template <int NV>
-void gather(const Job& job, Scratch& s, const float* x) {
-    const int64_t n = job.fan_in;
-    const int32_t* index = s.index.data();
-    float* rows = s.rows.data();
-    for (int64_t k = 0; k < n; k++)
-        for (int v = 0; v < NV; v++) save(rows + (k * NV + v) * LANES, load(x + (int64_t(index[k]) * NV + v) * LANES));
-}
-
-template <int NV>
 void group_logits(const Job& job, Scratch& s, const float* x, int64_t members, const float* bias) {
     const int64_t n = job.fan_in;
-    gather<NV>(job, s, x);
     int64_t l = 0;
     for (; l + 4 <= members; l += 4)
-        block_logits<NV, 4>(s.rows.data(), &s.weight[l * s.stride], s.stride, n, bias ? bias + l : nullptr, &s.z[l * PANEL]);
+        block_logits<NV, 4>(x, s.index.data(), &s.weight[l * s.stride], s.stride, n, bias ? bias + l : nullptr, &s.z[l * PANEL]);
     for (; l < members; l++)
-        block_logits<NV, 1>(s.rows.data(), &s.weight[l * s.stride], s.stride, n, bias ? bias + l : nullptr, &s.z[l * PANEL]);
+        block_logits<NV, 1>(x, s.index.data(), &s.weight[l * s.stride], s.stride, n, bias ? bias + l : nullptr, &s.z[l * PANEL]);
 }
 
 template <int N>
@@ -467,11 +462,11 @@ void group_weight_rows(Scratch& s, int64_t l, int64_t columns) {
 }
 
 template <int NV>
-void group_weight(Scratch& s, int64_t members) {
+void group_weight(Scratch& s, const float* x, int64_t members) {
     for (int64_t k = 0; k < s.stride; k += LANES)
         for (int v = 0; v < NV; v++) {
             vf square[LANES];
-            for (int i = 0; i < LANES; i++) square[i] = load(&s.rows[((k + i) * NV + v) * LANES]);
+            for (int i = 0; i < LANES; i++) square[i] = load(x + (int64_t(s.index[k + i]) * NV + v) * LANES);
             transpose(square);
             for (int i = 0; i < LANES; i++) save(&s.turned[(v * LANES + i) * s.stride + k], square[i]);
         }
@@ -538,8 +533,6 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
             std::memcpy(&s.z[l * PANEL], job.z + (label + l) * job.batch + column, width * sizeof(float));
             for (int64_t i = width; i < NV * LANES; i++) s.z[l * PANEL + i] = 0;
         }
-        if (grouped && job.dweight)
-            gather<NV>(job, s, x);
     } else if (grouped) {
         group_logits<NV>(job, s, x, members, job.bias ? job.bias + label : nullptr);
     } else {
@@ -580,7 +573,7 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
         }
     const bool dw = job.mode == STEP || job.dweight;
     if (grouped) {
-        if (dw) group_weight<NV>(s, members);
+        if (dw) group_weight<NV>(s, x, members);
         if (dx) group_input<NV>(job, s, dx, members);
     } else if (dw && dx) {
         single_gradients<NV, true, true>(x, dx, s.index.data(), s.weight.data(), job.fan_in, s.z.data(), s.dweight.data());
