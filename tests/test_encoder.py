@@ -119,6 +119,44 @@ def test_every_parameter_is_trained_whatever_the_model(tmp_path: Path, kind: str
     assert not [name for name in encoder.state_dict() if "pooler" in name]
 
 
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_checkpointing_gives_the_same_gradients_from_fewer_saved_tensors(kind: str, precision: torch.dtype) -> None:
+    """With dropout in every layer: it falls the same way when a layer is computed again."""
+    config = tiny_config(kind)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.2)
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config)
+    model.pooler = None
+    ids, mask = collate(tiny_tokenizer()(tiny_texts(5))["input_ids"], pad_id=0)
+    found = []
+    for checkpointing in (False, True):
+        encoder = Encoder(model, None).train()
+        if checkpointing:
+            encoder.set_checkpointing()
+        saved: list[int] = []
+        torch.manual_seed(7)
+        counted = torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t)
+        with counted, torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            embedding = encoder(ids, mask)
+        gradients = torch.autograd.grad(embedding.square().sum(), list(encoder.parameters()))
+        found.append((embedding.detach(), sum(saved), gradients))
+    (plain, most, gradients), (again, fewest, others) = found
+    assert torch.equal(plain, again)
+    assert fewest < 0.5 * most
+    for one, other in zip(gradients, others, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_checkpointing_is_refused_where_the_model_has_no_layers_for_it() -> None:
+    model = AutoModel.from_config(tiny_config("bert"))
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(InputError, match=r"encoder\.checkpointing: this encoder cannot"):
+        Encoder(model, None).set_checkpointing()
+
+
 def test_half_precision_weights_are_read_as_float32(tmp_path: Path) -> None:
     BertModel(tiny_config("bert"), add_pooling_layer=False).half().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

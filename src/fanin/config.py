@@ -40,6 +40,7 @@ class Encoder:
     layers: int = 1  # for cls_layers
     dropout: float = 0.0  # on the embedding
     hidden_dropout: float | None = None  # the model's own dropout; null: what its config says
+    checkpointing: bool = False  # recompute each layer's activations in the backward pass: less memory, a third more time
     embed_documents: int = 30000  # training documents embedded for clusters and start; every label covered first
 
 
@@ -95,6 +96,7 @@ class Train:
     head_lr: float = 0.05
     meta_lr: float = 5e-4
     encoder_weight_decay: float = 0.01
+    encoder_moments: str = "fp32"  # fp32 | bf16 (stochastically rounded): what AdamW's two moments are stored in
     head_weight_decay: float = 0.0
     momentum: float = 0.9  # of the head
     warmup: int = 50  # optimiser steps; a cosine to 0 follows
@@ -167,6 +169,7 @@ _CHOICES = {
     "head.backend": ("auto", "reference", "torch", "cpu", "triton"),
     "rewiring.method": ("none", "set", "rigl"),
     "rewiring.prune": ("fraction", "global", "threshold"),
+    "train.encoder_moments": ("fp32", "bf16"),
     "train.precision": ("auto", "fp32", "bf16"),
 }
 

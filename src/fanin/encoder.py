@@ -77,6 +77,19 @@ class Encoder(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = probability
 
+    def set_checkpointing(self) -> None:
+        """Keep only each layer's input while training and compute the rest again in the backward pass, dropout as it fell.
+
+        The gradients are the same; activations shrink to about those of one layer. Source: Chen et al., arXiv 1604.06174.
+        Raises InputError where the model has no layers that can do so.
+        """
+        enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise InputError(f"encoder.checkpointing: this encoder cannot ({error}); set it to false") from None
+        self.model.config.use_cache = False  # of decoders; transformers would warn
+
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Embeddings [B, D] float32 of ids [B, T] under mask [B, T] (1 where there is a token), under autocast or not."""
         wanted = self.pooling == "cls_layers"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +57,8 @@ class Classifier(nn.Module):
             encoder = Encoder.load(settings.name, settings.pooling, settings.layers, settings.dropout)
         if settings.hidden_dropout is not None:
             encoder.set_hidden_dropout(settings.hidden_dropout)
+        if settings.checkpointing:
+            encoder.set_checkpointing()
         generator = torch.Generator().manual_seed(config.seed)
         width = encoder.width
         intermediate = None
@@ -166,7 +167,7 @@ class Classifier(nn.Module):
             if self.order is not None:
                 state["order"] = self.order
             save_file(state, temporary / "head.safetensors")
-            shutil.copyfile(labels, temporary / "labels.parquet")
+            LabelTexts.write(labels, temporary / LabelTexts.FILE)
             description = {
                 "config": dataclasses.asdict(self.config),
                 "labels": self.head.labels,
@@ -192,18 +193,35 @@ class Classifier(nn.Module):
         order = state.pop("order", None)
         classifier = cls.build(config, description["labels"], None if order is None else order.numpy(), encoder)
         classifier._load_layers(state, str(folder / "head.safetensors"))
-        classifier.label_texts = LabelTexts(folder / "labels.parquet")
+        classifier.label_texts = LabelTexts(folder / LabelTexts.FILE)
         return classifier.to(device).eval()
 
 
 class LabelTexts:
-    """Label texts by id, as one Arrow array (no list of Python strings)."""
+    """Label texts by id: an uncompressed Arrow file, memory-mapped, so that millions of them take no memory of their own."""
+
+    FILE = "labels.arrow"
 
     def __init__(self, path: str | Path) -> None:
         try:
-            self._texts: pa.ChunkedArray = pq.read_table(path, columns=["text"])["text"]
+            self._texts: pa.ChunkedArray = pa.ipc.open_file(pa.memory_map(str(path))).read_all()["text"]
         except (FileNotFoundError, pa.ArrowInvalid, KeyError) as error:
-            raise InputError(f"{path}: not a readable table of label texts ({error}); rerun the corpus stage") from None
+            raise InputError(f"{path}: not a readable table of label texts ({error}); rerun the train stage") from None
+
+    @staticmethod
+    def write(labels: str | Path, path: str | Path) -> None:
+        """Copy the texts of `labels`, a corpus's labels.parquet, to `path`, a batch of rows at a time.
+
+        Raises InputError where `labels` is missing or not such a table.
+        """
+        schema = pa.schema([("text", pa.large_string())])
+        try:
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer, pq.ParquetFile(labels) as source:
+                source.schema_arrow.field("text")
+                for batch in source.iter_batches(batch_size=2**16, columns=["text"]):
+                    writer.write_batch(pa.record_batch([batch["text"].cast(pa.large_string())], schema))
+        except (FileNotFoundError, pa.ArrowInvalid, KeyError) as error:
+            raise InputError(f"{labels}: not a readable table of label texts ({error}); rerun the corpus stage") from None
 
     def __len__(self) -> int:
         return len(self._texts)
