@@ -330,9 +330,7 @@ def test_unknown_and_unavailable_backends(monkeypatch):
 
 
 def test_a_named_backend_for_what_it_cannot_take():
-    with pytest.raises(
-        Unavailable, match=r"cpu takes weights in float32, bfloat16 or float8_e4m3fn, found torch.float64"
-    ):
+    with pytest.raises(Unavailable, match=r"cpu takes weights in float32, bfloat16 or float8_e4m3fn, found torch.float64"):
         backend("cpu", dtype=torch.float64)
     with pytest.raises(Unavailable, match="kernel backend cpu works on a CPU, but the weights are on cuda"):
         backend("cpu", "cuda")
@@ -405,3 +403,69 @@ def test_candidates_are_the_largest_dense_gradients(name, shape):
     assert (found >= 0).all()
     assert (size.gather(1, found) > 0).all()  # none is read already
     close(size.gather(1, found), size.topk(found.shape[1], dim=1).values)
+
+
+def spoil(layer: Layer, **changes) -> Layer:
+    return dataclasses.replace(layer, **{name: change(getattr(layer, name)) for name, change in changes.items()})
+
+
+BAD_LAYERS = {
+    "index is .*expected": {"index": lambda t: t[:-1]},
+    "index is int64": {"index": lambda t: t.long()},
+    "index holds feature 48; expected 0 to 47": {"index": lambda t: t.clone().fill_(48)},
+    "weight is float64": {"weight": lambda t: t.double()},
+    "weight is not contiguous": {"weight": lambda t: t.t().contiguous().t()},
+    "bias is .69.; expected .70.": {"bias": lambda t: t[:-1]},
+    "momentum is .70, 6.": {"momentum": lambda t: t[:, :-1].contiguous()},
+    "weight is on meta but x on cpu": {"weight": lambda t: t.to("meta")},
+}
+
+
+@pytest.mark.parametrize("message", BAD_LAYERS)
+def test_bad_layers_are_refused_before_anything_is_written(message):
+    module = needs("cpu")
+    layer, x, labels, documents = case(70, 48, 7, 5, 1)
+    bad = spoil(layer, **BAD_LAYERS[message])
+    before = clone(layer)
+    with pytest.raises(ValueError, match=message):
+        module.step(x, bad, labels, documents, Update(lr=0.1, momentum=0.9))
+    assert all(torch.equal(getattr(layer, n), getattr(before, n)) for n in ("weight", "bias", "momentum", "bias_momentum"))
+
+
+def test_bad_calls_are_refused():
+    module = needs("cpu")
+    layer, x, labels, documents = case(70, 48, 7, 5, 1)
+    update = Update(lr=0.1, momentum=0.9)
+    before = clone(layer)
+    wide = Layer(weight=torch.zeros(2, 600), index=torch.arange(600).repeat(2, 1).to(torch.uint16))
+    for message, call in {
+        r"x is \[5, 48, 1\]": lambda: module.step(x[:, :, None], layer, labels, documents, update),
+        "empty batch": lambda: module.step(x[:0], layer, labels[:0], documents[:0], update),
+        "fan-in 600 is over the limit of 512": lambda: module.logits(torch.zeros(2, 700), wide),
+        "fan-in 7 is over the 6 features": lambda: module.logits(x[:, :6], layer),
+        "labels of the positives are not sorted": lambda: module.step(x, layer, labels.flip(0), documents, update),
+        "positives name label 70": lambda: module.step(x, layer, labels + 1, documents, update),
+        "positives name document 5": lambda: module.step(x, layer, labels, documents + 1, update),
+        "twice": lambda: module.step(x, layer, labels.repeat_interleave(2), documents.repeat_interleave(2), update),
+        "loss 'mse'": lambda: module.step(x, layer, labels, documents, update, "mse"),
+        "k is 71": lambda: module.topk(x, layer, 71),
+        r"g is \[5, 69\]": lambda: module.gradients(x, torch.zeros(5, 69), layer),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert all(torch.equal(getattr(layer, n), getattr(before, n)) for n in ("weight", "bias", "momentum", "bias_momentum"))
+
+
+def test_an_index_is_read_again_once_it_has_changed():
+    module = needs("cpu")
+    layer, x, *_ = case(70, 48, 7, 5, 1)
+    module.logits(x, layer)
+    module.logits(x, layer.part(10, 20))  # a part of what was found in range
+    layer.index[15, 3] = 48
+    for part in (layer, layer.part(10, 20)):
+        with pytest.raises(ValueError, match="index holds feature 48"):
+            module.logits(x, part)
+    layer.index[15, 3] = 47
+    module.logits(x, layer)
+    with pytest.raises(ValueError, match="index holds feature 47"):
+        module.logits(x[:, :47], layer)

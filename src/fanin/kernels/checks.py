@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fanin.kernels.layer import FAN_IN_LIMIT, INDEX_TYPES, LOSSES, WEIGHT_TYPES, Layer
 
@@ -11,9 +14,10 @@ INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_layer(x: Tensor, layer: Layer, *, values: bool = False, contiguous: bool = True) -> None:
-    """x [B, D] and the layer's tensors fit together.
+    """x [B, D] and the layer's tensors fit together, and no index is beyond D.
 
-    values: also that every row's indices are distinct and below D, which reads the index and waits for the device.
+    The index is read when it is new or has changed, and not again (`_in_range`).
+    values: also that every row's indices are distinct, which takes longer and is not remembered.
     contiguous: also that the layer's tensors lie in memory without gaps (x may be strided).
     Raises ValueError with what was found, what was expected and what to do.
     """
@@ -58,6 +62,8 @@ def check_layer(x: Tensor, layer: Layer, *, values: bool = False, contiguous: bo
             raise ValueError(f"{name} is not contiguous (strides {value.stride()}); pass {name}.contiguous()")
     if values:
         _check_index(index, x.shape[1])
+    elif not _in_range(index, x.shape[1]):
+        _check_range(index, x.shape[1])
 
 
 def check_positives(
@@ -93,6 +99,42 @@ def check_positives(
 def check_loss(loss: str) -> None:
     if loss not in LOSSES:
         raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)}")
+
+
+_SEEN: OrderedDict[int, tuple[StorageWeakRef, int, int, int, int]] = OrderedDict()
+"""Of the last few indices found in range: their storage, its version, D, and from which byte to which."""
+
+
+def _in_range(index: Tensor, features: int) -> bool:
+    """Whether this index, or one that it is a part of, was found in range since it last changed.
+
+    A change in place is seen by the tensor's version counter, which views share; an inference tensor has none.
+    """
+    if index.is_inference():
+        return False
+    storage = StorageWeakRef(index.untyped_storage())  # while it is held, no other storage gets this address
+    start = index.storage_offset() * index.itemsize
+    end = start + index.numel() * index.itemsize
+    seen = _SEEN.get(storage.cdata)
+    return seen is not None and seen[1:3] == (index._version, features) and seen[3] <= start and end <= seen[4]
+
+
+def _check_range(index: Tensor, features: int) -> None:
+    at_once = max(2**22 // index.shape[1], 1)
+    for begin in range(0, len(index), at_once):
+        rows = index[begin : begin + at_once].to(torch.int32)
+        low, high = (int(bound) for bound in rows.aminmax())
+        if low < 0 or high >= features:
+            wrong = low if low < 0 else high
+            raise ValueError(f"index holds feature {wrong}; expected 0 to {features - 1}, for x has {features}")
+    if not index.is_inference():
+        storage = StorageWeakRef(index.untyped_storage())
+        start = index.storage_offset() * index.itemsize
+        for old in [key for key, seen in _SEEN.items() if seen[0].expired()]:
+            del _SEEN[old]
+        _SEEN[storage.cdata] = (storage, index._version, features, start, start + index.numel() * index.itemsize)
+        while len(_SEEN) > 16:
+            _SEEN.popitem(last=False)
 
 
 def _check_index(index: Tensor, features: int) -> None:

@@ -11,6 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from fanin.kernels.checks import check_layer, check_loss, check_positives
 from fanin.kernels.cpu.build import library
 from fanin.kernels.layer import LOSSES, Backend, Layer, Update, mix
 
@@ -62,6 +63,9 @@ class Cpu(Backend):
         loss: str = "bce",
         want_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        check_loss(loss)
+        check_layer(x, layer)
+        check_positives(labels, documents, layer.labels, len(x), x.device, values=True)
         panels = _panels(x)
         job = _job("step", len(x), x.shape[1], layer, panels)
         dx = torch.empty(job.slices, panels.numel())
@@ -82,6 +86,7 @@ class Cpu(Backend):
         return 4 * (panels * (1 + _slices(labels, panels) + 1) + batch * features)
 
     def logits(self, x: Tensor, layer: Layer) -> Tensor:
+        check_layer(x, layer)
         panels = _panels(x)
         z = torch.empty(layer.labels, len(x))
         job = _job("logits", len(x), x.shape[1], layer, panels)
@@ -92,6 +97,9 @@ class Cpu(Backend):
     def gradients(
         self, x: Tensor, g: Tensor, layer: Layer, need_x: bool = True, need_weight: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
+        check_layer(x, layer)
+        if tuple(g.shape) != (len(x), layer.labels):
+            raise ValueError(f"g is {list(g.shape)}; expected {[len(x), layer.labels]}")
         panels = _panels(x)
         weight = torch.empty(layer.weight.shape) if need_weight else None
         total = torch.zeros(panels.numel()) if need_x else None
@@ -113,6 +121,9 @@ class Cpu(Backend):
     def topk(self, x: Tensor, layer: Layer, k: int) -> tuple[Tensor, Tensor]:
         """As Backend.topk. The k best labels of a document lie in the k tiles of labels whose best are the highest, so
         only the tiles' maxima are kept, and the logits of those k tiles are computed again."""
+        check_layer(x, layer)
+        if not 1 <= k <= layer.labels:
+            raise ValueError(f"k is {k}; expected 1 to {layer.labels}, the number of labels")
         panels, rows = _panels(x), x.detach().to(torch.float32).contiguous()
         batch = len(x)
         scores, found = torch.empty(batch, 0), torch.empty(batch, 0, dtype=torch.int64)
@@ -140,6 +151,9 @@ class Cpu(Backend):
         return scores.to(x.dtype), found
 
     def candidates(self, x: Tensor, layer: Layer, labels: Tensor, documents: Tensor, count: int, loss: str = "bce") -> Tensor:
+        check_loss(loss)
+        check_layer(x, layer)
+        check_positives(labels, documents, layer.labels, len(x), x.device, values=True)
         panels = _panels(x)
         found = torch.empty(len(layer.index), count, dtype=torch.int32)
         job = _job("candidates", len(x), x.shape[1], layer, panels)

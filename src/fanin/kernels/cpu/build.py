@@ -19,7 +19,16 @@ from pathlib import Path
 from fanin.kernels.layer import Unavailable
 
 SOURCE = Path(__file__).with_name("fixed_fan_in.cpp")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+)
 
 
 def compiler() -> str:
