@@ -132,7 +132,7 @@ def _check_range(index: Tensor, features: int) -> None:
         start = index.storage_offset() * index.itemsize
         for old in [key for key, seen in _SEEN.items() if seen[0].expired()]:
             del _SEEN[old]
-        _SEEN[storage.cdata] = (storage, index._version, features, start, start + index.numel() * index.itemsize)
+        _SEEN[storage.cdata] = (storage, index._version, features, int(start), int(start) + index.nbytes)
         while len(_SEEN) > 16:
             _SEEN.popitem(last=False)
 
