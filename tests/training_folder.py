@@ -1,15 +1,21 @@
-"""A small project folder to train in: tokens, clusters and a random start, through the library's own writers."""
+"""A small project folder to train in, through the library's own writers; runs of it in processes that can be killed."""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
+import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from fanin.config import Auxiliary, Config, Encoder, Head, Rewiring, Start, Tokens, Train
 from fanin.training import train
@@ -75,3 +81,97 @@ def train_in(folder: Path, config: Config, name: str = "run", log=lambda metrics
 def make(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def assert_same_run(folder: Path, one: str, two: str) -> None:
+    """Both runs ended with the same bits: weights, indices, losses, validation, rewiring."""
+    for file in ("models/head.safetensors", "models/encoder/model.safetensors"):
+        first, second = load_file(folder / one / file), load_file(folder / two / file)
+        assert first.keys() == second.keys()
+        for key in first:
+            assert torch.equal(first[key], second[key]), key
+    for curve in ("train", "validation", "rewiring"):
+        rows = [(folder / run / f"reports/{curve}_curve.csv").read_text().splitlines() for run in (one, two)]
+        # the last column of the train curve is documents a second, which no two runs share
+        cut = [[line.rpartition(",")[0] if curve == "train" else line for line in lines] for lines in rows]
+        assert cut[0] == cut[1]
+
+
+class Forks:
+    """Runs of a folder, each in a process of its own, forked from one that has imported everything: no wait for torch."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", "import training_folder; training_folder.serve()"]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def start(self, folder: Path, name: str) -> Fork:
+        """Begin run `name` of `folder` with `small_config`; one at a time."""
+        make(folder / name)
+        self._say({"folder": str(folder), "name": name})
+        return Fork(self, folder / name, self.hear())
+
+    def _say(self, request: dict[str, str]) -> None:
+        assert self.server.stdin is not None
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+
+    def hear(self) -> int:
+        assert self.server.stdout is not None
+        return int(self.server.stdout.readline())
+
+    def close(self) -> None:
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait(timeout=30)
+
+
+class Fork:
+    """One such run. Its logged steps are the lines of `steps`, its stderr is in `errors`."""
+
+    def __init__(self, forks: Forks, out: Path, pid: int) -> None:
+        self.forks, self.out, self.pid = forks, out, pid
+
+    def wait_for_step(self, step: int) -> None:
+        until = time.monotonic() + 120
+        while not (done := (self.out / "steps").read_text().splitlines() if (self.out / "steps").exists() else []) or (
+            int(done[-1]) < step
+        ):
+            assert time.monotonic() < until, self.errors
+            time.sleep(0.002)
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """The exit code, or the negative signal that ended it."""
+        return os.waitstatus_to_exitcode(self.forks.hear())
+
+    @property
+    def errors(self) -> str:
+        return (self.out / "errors").read_text()
+
+
+def serve() -> None:
+    """Fork a run for each line of stdin; print its process id, then how it ended."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if not child:
+            _be_a_run(Path(request["folder"]), request["name"])
+        print(child, flush=True)
+        print(os.waitpid(child, 0)[1], flush=True)
+
+
+def _be_a_run(folder: Path, name: str) -> None:
+    code = 1
+    with open(folder / name / "steps", "w", buffering=1) as steps, open(folder / name / "errors", "w", buffering=1) as errors:
+        os.dup2(errors.fileno(), 2)
+        try:
+            train_in(folder, small_config(folder / "encoder"), name, lambda metrics, step: print(step, file=steps))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        os._exit(code)

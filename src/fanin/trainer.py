@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,17 +20,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fanin.checkpoint import (
+    Checkpoint,
+    adopt_optimizer_tensors,
     clear_checkpoints,
-    load_checkpoint,
-    load_optimizer_tensors,
+    empty_optimizer_tensors,
+    last_good,
     of_prefix,
     optimizer_tensors,
+    resume,
     save_checkpoint,
     with_prefix,
 )
 from fanin.config import Config
 from fanin.data.batches import Batch, Batches
 from fanin.data.tokens import TokenSet
+from fanin.faults import Signals, finite
 from fanin.files import InputError
 from fanin.metrics import csr, match, precision
 from fanin.model import Classifier
@@ -42,6 +44,8 @@ from fanin.retrieval import rank
 from fanin.rewiring import Schedule
 
 Log = Callable[[dict[str, float], int], None]
+PATIENCE = 10  # steps in a row that may be lost to NaN or infinite values before the run stops
+_SAID = 20  # skipped batches that are reported one by one
 
 
 class Trainer:
@@ -97,12 +101,13 @@ class Trainer:
         self.generator = torch.Generator(classifier.device).manual_seed(config.seed + 1)
         torch.manual_seed(config.seed)
         self.step = self.documents = 0
+        self.skipped = self._lost = 0  # micro-batches in all; steps in a row until now
         self.seconds = 0.0
         self.curves: dict[str, list[dict[str, float]]] = {"train": [], "validation": [], "rewiring": []}
         self.resumed_from: int | None = None
         self._stop: int | None = None
 
-    def _optimizer(self) -> torch.optim.AdamW:
+    def _optimizer(self) -> torch.optim.Optimizer:
         lr = self.settings.encoder_lr
         groups: list[tuple[torch.nn.Module | None, float]] = [
             (self.classifier.encoder, lr),
@@ -115,16 +120,17 @@ class Trainer:
     # the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end, from the newest checkpoint of this run if there is one.
+        """Train to the end, from the newest whole checkpoint of this run if there is one; checkpoints stay until `clear`.
 
         SIGINT and SIGTERM are taken at the next step's end: a checkpoint is written, then the signal goes its usual way.
-        Raises InputError where the loss is no longer finite.
+        Raises InputError where step after step meets NaN or infinite values.
         """
         self._resume()
         self.classifier.train()
         began, before = time.monotonic(), self.seconds
         stream = self._stream(self.step * self.settings.accumulation)
-        with _signals(self._on_signal), self._progress() as bar:
+        saved: Path | None = None
+        with Signals(self._on_signal), self._progress() as bar:
             while self.step < self.total:
                 metrics = self._train_step(stream)
                 self.seconds = before + time.monotonic() - began
@@ -134,15 +140,21 @@ class Trainer:
                 if self._due(self.settings.validate_every) or (self.step == self.total and self.settings.validate_every):
                     self._validate(bar)
                 if self._stop is not None or (self._due(self.settings.checkpoint_every) and self.step < self.total):
-                    self.save()
+                    saved = self.save()
                 if self._stop is not None:
                     break
         if self._stop is not None:
-            print(f"stopped at step {self.step} of {self.total}; the checkpoint is in {self.checkpoints}", file=sys.stderr)
+            kept = (
+                f"the checkpoint is in {self.checkpoints}" if saved else f"this step is not kept; {last_good(self.checkpoints)}"
+            )
+            print(f"stopped at step {self.step} of {self.total}; {kept}", file=sys.stderr)
             signal.raise_signal(self._stop)
             raise KeyboardInterrupt
         self.classifier.head.finish_training()
         self.classifier.eval()
+
+    def clear(self) -> None:
+        """Remove the checkpoints; to be called when the results are on disk."""
         clear_checkpoints(self.checkpoints)
 
     def _due(self, every: int) -> bool:
@@ -156,21 +168,27 @@ class Trainer:
             epoch, skip = epoch + 1, 0
 
     def _train_step(self, stream: Iterator[Batch]) -> dict[str, float]:
+        """One optimiser step; its metrics where they are due.
+
+        A micro-batch whose embedding is not finite is left out. Where the encoder's gradient or the loss is not finite,
+        the encoder is not stepped. Both depend on the step alone, so a resumed run does the same.
+        """
         settings, classifier, auxiliary = self.settings, self.classifier, self.auxiliary
         factor = warmup_cosine(self.step, settings.warmup, self.total)
         coefficient = auxiliary.coefficient(self.step) if auxiliary is not None else 0.0
         logged = (self.step + 1) % settings.log_every == 0 or self.step + 1 == self.total
-        main_loss, meta_loss, documents = 0.0, 0.0, 0
+        main_loss, meta_loss, documents, taken = 0.0, 0.0, 0, 0
+        reason = ""
         for micro in range(settings.accumulation):
             batch = next(stream).to(classifier.device)
+            self.documents += len(batch.rows)
             share = 1 / (settings.accumulation * len(batch.rows))  # the loss is a mean over documents
-            positives = batch.positives
             embedding = classifier.embed(batch.ids, batch.mask)
             features = classifier.project(embedding)
             try:
                 dx, loss = classifier.head.step(
                     features.detach(),
-                    positives,
+                    batch.positives,
                     lr=settings.head_lr * factor,
                     momentum=settings.momentum,
                     weight_decay=settings.head_weight_decay,
@@ -178,44 +196,60 @@ class Trainer:
                     seed=self.config.seed + self.step * settings.accumulation + micro,
                     want_loss=logged,
                 )
-            except FloatingPointError as error:
-                raise InputError(
-                    f"step {self.step + 1}, micro-batch {micro + 1} (rows {batch.rows[:3].tolist()}... of train.arrow): the "
-                    f"encoder's output is not finite ({error}); lower train.encoder_lr ({settings.encoder_lr}); the head is "
-                    f"as it was, and earlier checkpoints are in {self.checkpoints}"
-                ) from None
+            except FloatingPointError as error:  # the head is as it was
+                reason = f"the encoder's output is not finite ({error}; rows {batch.rows[:3].tolist()}... of train.arrow)"
+                self._skip(1, reason)
+                continue
             outputs: list[Tensor] = [features]
             gradients: list[Tensor | None] = [dx.mul_((1 - coefficient) * share)]
             if auxiliary is not None:
-                meta = auxiliary(embedding, positives)
+                meta = auxiliary(embedding, batch.positives)
                 outputs.append(meta * (coefficient * share))
                 gradients.append(None)
                 meta_loss += meta.item() if logged else 0.0
             torch.autograd.backward(outputs, gradients)
-            documents += len(batch.rows)
+            last, taken, documents = (features, batch.positives), taken + 1, documents + len(batch.rows)
             main_loss += loss.item() if loss is not None else 0.0
-        set_learning_rate(self.optimizer, factor)
-        self.optimizer.step()
+        if taken and not math.isfinite(main_loss + meta_loss):
+            reason = f"the loss is {main_loss + meta_loss}"
+        elif taken:  # then what was left out does not lose the step
+            reason = "" if self._gradient_is_finite() else "the encoder's gradient is not finite"
+        if taken and reason:
+            self._skip(taken, reason)
+        self._lost = self._lost + 1 if reason else 0
+        if not self._lost:
+            set_learning_rate(self.optimizer, factor)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.documents += documents
-        if logged and not math.isfinite(main_loss + meta_loss):
+        if self._lost >= PATIENCE:
             raise InputError(
-                f"the loss is {main_loss + meta_loss} at step {self.step}; lower train.encoder_lr ({settings.encoder_lr}) or "
-                f"train.head_lr ({settings.head_lr}); earlier checkpoints are in {self.checkpoints}"
+                f"step {self.step}: {PATIENCE} steps in a row met NaN or infinite values, the last one because {reason}; lower "
+                f"train.encoder_lr ({settings.encoder_lr}) or train.head_lr ({settings.head_lr}); {last_good(self.checkpoints)}"
             )
-        if self.schedule.due(self.step):
-            moved = classifier.head.rewire(self.schedule, self.step, self.generator, features, positives)
+        if self.schedule.due(self.step) and not self._lost:
+            moved = classifier.head.rewire(self.schedule, self.step, self.generator, *last)
             self._record("rewiring", moved | {"share": moved["moved"] / max(moved["entries"], 1)})
         if auxiliary is not None and self.step >= self.cutoff_step:
             self._drop_auxiliary()
-        if not logged:
+        if not logged or self._lost:
             return {}
         metrics = {"loss": main_loss / documents, "lambda": coefficient, "encoder_lr": settings.encoder_lr * factor}
         metrics |= {"head_lr": settings.head_lr * factor, "meta_loss": meta_loss / documents}
         metrics["documents_per_second"] = self.documents / max(self.seconds, 1e-9) if self.seconds else 0.0
         self._record("train", metrics)
         return metrics
+
+    def _gradient_is_finite(self) -> bool:
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
+    def _skip(self, batches: int, reason: str) -> None:
+        """Count micro-batches that the encoder does not learn from."""
+        self.skipped += batches
+        if self.skipped <= _SAID:
+            tqdm.write(f"step {self.step + 1}: {batches} batch(es) skipped, {self.skipped} so far: {reason}", file=sys.stderr)
+        self.log({"skipped_batches": self.skipped}, self.step + 1)
 
     def _drop_auxiliary(self) -> None:
         """Free the branch: its weights, gradients and optimiser state."""
@@ -257,61 +291,63 @@ class Trainer:
 
     # state --------------------------------------------------------------------------------------------------------
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present step."""
+    def save(self) -> Path | None:
+        """Write a checkpoint of the present step, if it is a good one and the disk takes it; else warn, and return None."""
         tensors = with_prefix("classifier", dict(self.classifier.state_dict()))
-        tensors |= with_prefix("optimizer", optimizer_tensors(self.optimizer))
         if self.auxiliary is not None:
             tensors |= with_prefix("auxiliary", dict(self.auxiliary.state_dict()))
+        tensors |= with_prefix("optimizer", optimizer_tensors(self.optimizer))
+        if self._lost or not finite(tensors.values()):
+            self._warn("training meets NaN or infinite values; a later step may be whole again")
+            return None
         tensors |= {"rng.torch": torch.get_rng_state(), "rng.rewiring": self.generator.get_state()}
         if self.classifier.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.classifier.device)
         state = {
             "fingerprint": self.fingerprint,
             "documents": self.documents,
+            "skipped": self.skipped,
             "seconds": self.seconds,
             "curves": self.curves,
             "precision": str(self.classifier.precision).removeprefix("torch."),
         }
-        return save_checkpoint(self.checkpoints, self.step, tensors, state)
+        try:
+            return save_checkpoint(self.checkpoints, self.step, tensors, state)
+        except (InputError, OSError) as error:  # hours of training are worth more than one checkpoint
+            self._warn(f"{error}; training goes on")
+            return None
+
+    def _warn(self, problem: str) -> None:
+        text = f"warning: step {self.step}: no checkpoint is written: {problem}; {last_good(self.checkpoints)}"
+        tqdm.write(text, file=sys.stderr)
 
     def _resume(self) -> None:
-        found = load_checkpoint(self.checkpoints, self.fingerprint)
-        if found is None:
+        if resume(self.checkpoints, self.fingerprint, self._restore) is None:
             clear_checkpoints(self.checkpoints)
             return
-        tensors, state = found
-        self.step, self.documents, self.seconds = state["step"], state["documents"], state["seconds"]
-        self.curves = state["curves"]
-        if self.step >= self.cutoff_step:
-            self._drop_auxiliary()
-        self.classifier.load_state_dict(of_prefix("classifier", tensors))
-        self.classifier.precision = getattr(torch, state["precision"])
-        load_optimizer_tensors(self.optimizer, of_prefix("optimizer", tensors))
-        if self.auxiliary is not None:
-            self.auxiliary.load_state_dict(of_prefix("auxiliary", tensors))
-        torch.set_rng_state(tensors["rng.torch"])
-        self.generator.set_state(tensors["rng.rewiring"])
-        if "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.classifier.device)
         self.resumed_from = self.step
         print(f"resuming at step {self.step} of {self.total}", file=sys.stderr)
 
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Take up a checkpoint. Where that raises Damaged, another one can still be taken up."""
+        state = checkpoint.state
+        targets = with_prefix("classifier", dict(self.classifier.state_dict()))
+        if self.auxiliary is not None and state["step"] < self.cutoff_step:
+            targets |= with_prefix("auxiliary", dict(self.auxiliary.state_dict()))
+        moments = empty_optimizer_tensors(self.optimizer, of_prefix("optimizer", checkpoint.entries))
+        generators = {key: torch.empty(e.shape, dtype=e.dtype) for key, e in of_prefix("rng", checkpoint.entries).items()}
+        checkpoint.read(targets | with_prefix("optimizer", moments) | with_prefix("rng", generators))
 
-class _signals:
-    """Take SIGINT and SIGTERM for the time of the loop; the handlers before come back after it."""
-
-    def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
-        self.handler = handler
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self.handler) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        self.step, self.documents, self.seconds = state["step"], state["documents"], state["seconds"]
+        self.skipped, self.curves = state["skipped"], state["curves"]
+        if self.step >= self.cutoff_step:
+            self._drop_auxiliary()
+        self.classifier.precision = getattr(torch, state["precision"])
+        adopt_optimizer_tensors(self.optimizer, moments)
+        torch.set_rng_state(generators["torch"])
+        self.generator.set_state(generators["rewiring"])
+        if "cuda" in generators:
+            torch.cuda.set_rng_state(generators["cuda"], self.classifier.device)
 
 
 def _inverse(order: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from fanin.data.batches import split
 from fanin.data.tokens import TokenSet
 from fanin.devices import choose_device
 from fanin.encoder import choose_precision
+from fanin.faults import memory_explained, sole_run
 from fanin.files import InputError, atomic_path, read_json, sha256, write_json
 from fanin.heads import FixedFanIn
 from fanin.model import Classifier
@@ -48,69 +49,73 @@ def train(
 ) -> dict[str, Any]:
     """Train as `config` says; leaves the model folder, train.json and the curves. Returns train.json's content.
 
-    Raises InputError for inputs that are missing or do not fit the settings.
+    The checkpoints are removed when all that is on disk. Raises InputError for inputs that are missing or do not fit the
+    settings, where another run uses `checkpoints`, and where memory runs out.
     """
     description = read_json(tokens_folder / "tokens.json")
-    tokens = TokenSet.open(tokens_folder / "train.arrow")
-    true_documents = len(tokens) - description["label_documents"]  # label documents follow the true ones: never held out
-    train_rows, validation_rows = split(true_documents, config.train.validation_documents, config.seed)
-    train_rows = np.concatenate([train_rows, np.arange(true_documents, len(tokens))])
-    order, meta = (_load(clusters_folder / name, description["labels"]) for name in ("order.npy", "meta.npy"))
-
     device = choose_device(config.train.device)
-    classifier = Classifier.build(config, description["labels"], order)
-    classifier.load_start(start_folder / "head.safetensors")
-    classifier.precision = choose_precision(config.train.precision, device)
-    classifier.to(device)
-    use_before = _feature_use(classifier)
-    index_before = classifier.head.index.cpu().clone() if isinstance(classifier.head, FixedFanIn) else None
+    with sole_run(checkpoints), memory_explained(config, description["labels"], device, checkpoints):
+        tokens = TokenSet.open(tokens_folder / "train.arrow")
+        true_documents = len(tokens) - description["label_documents"]  # label documents follow the true ones: never held out
+        train_rows, validation_rows = split(true_documents, config.train.validation_documents, config.seed)
+        train_rows = np.concatenate([train_rows, np.arange(true_documents, len(tokens))])
+        order, meta = (_load(clusters_folder / name, description["labels"]) for name in ("order.npy", "meta.npy"))
 
-    trainer = Trainer(
-        config,
-        classifier,
-        tokens,
-        train_rows,
-        validation_rows,
-        pad_id=description["pad_id"],
-        meta=meta,
-        checkpoints=checkpoints,
-        fingerprint=_fingerprint(config, tokens_folder, clusters_folder, start_folder),
-        log=log,
-    )
-    optimizer_bytes = classifier.head.bytes()["optimizer"]
-    trainer.run()
-    classifier.save(models, labels)
+        classifier = Classifier.build(config, description["labels"], order)
+        classifier.load_start(start_folder / "head.safetensors")
+        classifier.precision = choose_precision(config.train.precision, device)
+        classifier.to(device)
+        use_before = _feature_use(classifier)
+        index_before = classifier.head.index.cpu().clone() if isinstance(classifier.head, FixedFanIn) else None
 
-    head = classifier.head
-    summary = {
-        "steps": trainer.step,
-        "documents": trainer.documents,
-        "seconds": round(trainer.seconds, 3),
-        "documents_per_second": round(trainer.documents / max(trainer.seconds, 1e-9), 2),
-        "batch": config.train.batch * config.train.accumulation,
-        "precision": str(classifier.precision).removeprefix("torch."),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "resumed_from": trainer.resumed_from,
-        "final_loss": trainer.curves["train"][-1]["loss"],
-        "validation": trainer.curves["validation"][-1] if trainer.curves["validation"] else None,
-        "labels": head.labels,
-        "features": head.width,
-        "head_bytes": head.bytes() | {"optimizer": optimizer_bytes},
-        "intermediate_bytes": sum(p.numel() * p.element_size() for p in classifier.intermediate.parameters())
-        if classifier.intermediate is not None
-        else 0,
-        "dense_fp32_bytes": 4 * head.labels * classifier.encoder.width,
-        "peak_rss_mib": _peak_rss_mib(),
-        "feature_use_start": use_before,
-        "feature_use": _feature_use(classifier),
-        "moved": _moved(classifier, index_before),
-    }
-    if device.type == "cuda":
-        summary["peak_allocated_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
-    for curve, columns in CURVES.items():
-        _write_curve(reports / f"{curve}_curve.csv", columns, trainer.curves[curve])
-    write_json(reports / "train.json", summary)
+        trainer = Trainer(
+            config,
+            classifier,
+            tokens,
+            train_rows,
+            validation_rows,
+            pad_id=description["pad_id"],
+            meta=meta,
+            checkpoints=checkpoints,
+            fingerprint=_fingerprint(config, tokens_folder, clusters_folder, start_folder),
+            log=log,
+        )
+        optimizer_bytes = classifier.head.bytes()["optimizer"]
+        trainer.run()
+        classifier.save(models, labels)
+
+        head = classifier.head
+        summary = {
+            "steps": trainer.step,
+            "documents": trainer.documents,
+            "skipped_batches": trainer.skipped,
+            "seconds": round(trainer.seconds, 3),
+            "documents_per_second": round(trainer.documents / max(trainer.seconds, 1e-9), 2),
+            "batch": config.train.batch * config.train.accumulation,
+            "precision": str(classifier.precision).removeprefix("torch."),
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "resumed_from": trainer.resumed_from,
+            "final_loss": trainer.curves["train"][-1]["loss"] if trainer.curves["train"] else None,
+            "validation": trainer.curves["validation"][-1] if trainer.curves["validation"] else None,
+            "labels": head.labels,
+            "features": head.width,
+            "head_bytes": head.bytes() | {"optimizer": optimizer_bytes},
+            "intermediate_bytes": sum(p.numel() * p.element_size() for p in classifier.intermediate.parameters())
+            if classifier.intermediate is not None
+            else 0,
+            "dense_fp32_bytes": 4 * head.labels * classifier.encoder.width,
+            "peak_rss_mib": _peak_rss_mib(),
+            "feature_use_start": use_before,
+            "feature_use": _feature_use(classifier),
+            "moved": _moved(classifier, index_before),
+        }
+        if device.type == "cuda":
+            summary["peak_allocated_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+        for curve, columns in CURVES.items():
+            _write_curve(reports / f"{curve}_curve.csv", columns, trainer.curves[curve])
+        write_json(reports / "train.json", summary)
+        trainer.clear()
     return summary
 
 
