@@ -51,12 +51,16 @@ class Side:
         with torch.device(device):
             if self.head == "fixed_fan_in":
                 assert self.fan_in is not None
+                name, _, atomic = self.backend.partition(" ")
                 with torch.device("meta"):  # drawing distinct indices for millions of labels would take minutes
                     built: Head = FixedFanIn(
-                        labels, self.features, self.fan_in, self.group or 1, dtype=STORED[self.dtype], backend=self.backend
+                        labels, self.features, self.fan_in, self.group or 1, dtype=STORED[self.dtype], backend=name
                     )
                 built = built.to_empty(device=device)
                 _fill(built)
+                if atomic:
+                    kernels = _atomic()
+                    built._kernels = lambda: kernels
             elif self.head == "bottleneck":
                 assert self.fan_in is not None
                 built = Bottleneck(labels, self.features, self.fan_in)
@@ -76,11 +80,18 @@ class Side:
         return 1e3 * max(moved / rates["copy"], flops / rates["gemm_fp32" if self.dtype == "fp32" else "gemm_bf16"])
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         parts = [self.head, f"L {self.labels}", f"D {self.features}", f"B {self.batch}"]
         parts += [f"K {self.fan_in}"] if self.fan_in else []
         parts += [f"G {self.group}"] if self.group else []
         return " ".join([*parts, self.dtype, self.backend])
+
+
+def _atomic() -> Any:
+    """The Triton kernels with float32 atomics instead of the deterministic sum of dx."""
+    from fanin.kernels.triton import Triton
+
+    return Triton(deterministic=False)
 
 
 class DenseRival(Dense):
@@ -177,7 +188,7 @@ def check(side: Side, labels: int = 5000) -> None:
         error = ((ours - exact).norm() / exact.norm()).item()
         limit = {"fp32": 1e-4, "bf16": 2e-2, "fp8": 8e-2}[side.dtype]  # the weights themselves are rounded after a step
         if not error < limit:
-            raise SystemExit(f"{side.name}: {what} is off by {error:.1e}; no time is reported")
+            raise SystemExit(f"{side.title}: {what} is off by {error:.1e}; no time is reported")
 
 
 def _dense_weight(head: Head, ones: bool = False) -> Tensor:
@@ -249,10 +260,10 @@ def compare(sides: list[Side], rounds: int, tops: dict[str, ceilings.Ceiling]) -
     for side in sides:
         try:
             if side.head == "fixed_fan_in":
-                backend(side.backend, "cuda" if torch.cuda.is_available() else "cpu", STORED[side.dtype])
+                backend(side.backend.partition(" ")[0], "cuda" if torch.cuda.is_available() else "cpu", STORED[side.dtype])
             check(side)
         except Unavailable as reason:
-            print(f"{side.name}: left out ({reason})")
+            print(f"{side.title}: left out ({reason})")
             continue
         head = side.build()
         built[side] = (head, *inputs(side.labels, side.features, side.batch))
@@ -268,7 +279,7 @@ def compare(sides: list[Side], rounds: int, tops: dict[str, ceilings.Ceiling]) -
         record |= {"peak_mib": peaks[side], "floor_ms": side.floor(rates), "ceilings": rates}
         found.append(record)
         ratio = "" if slowest is None else f", {slowest / record['median_ms']:.1f} x dense"
-        line = f"{side.name}: {record['median_ms']:.2f} ms (p10 {record['p10_ms']:.2f}, p90 {record['p90_ms']:.2f}), "
+        line = f"{side.title}: {record['median_ms']:.2f} ms (p10 {record['p10_ms']:.2f}, p90 {record['p90_ms']:.2f}), "
         print(line + f"floor {record['floor_ms']:.2f}{ratio}, {record['peak_mib']:.0f} MiB", flush=True)
     del built
     gc.collect()
@@ -290,7 +301,7 @@ def others(what: str, sides: list[Side], rounds: int) -> list[dict[str, Any]]:
         try:
             head = side.build()
         except Unavailable as reason:
-            print(f"{side.name}: left out ({reason})")
+            print(f"{side.title}: left out ({reason})")
             continue
         x, positives = inputs(side.labels, side.features, side.batch)
         if what == "topk":
@@ -308,7 +319,7 @@ def others(what: str, sides: list[Side], rounds: int) -> list[dict[str, Any]]:
         record = asdict(side) | {"what": what if what == "topk" else f"rewire_{method}"} | spread(taken)
         found.append(record | {"peak_mib": peaks[side, method]})
         print(
-            f"{side.name}: {record['what']} {record['median_ms']:.2f} ms, {peaks[side, method]:.0f} MiB beside the head",
+            f"{side.title}: {record['what']} {record['median_ms']:.2f} ms, {peaks[side, method]:.0f} MiB beside the head",
             flush=True,
         )
     return found
@@ -321,7 +332,7 @@ def _check_topk(side: Side) -> None:
     scores, labels = head.topk(x, 100)
     every = head.logits(x, 0, 5000)
     if not torch.equal(scores, every.gather(1, labels)) or not torch.allclose(scores, every.topk(100, dim=1).values):
-        raise SystemExit(f"{side.name}: top-k is wrong; no time is reported")
+        raise SystemExit(f"{side.title}: top-k is wrong; no time is reported")
 
 
 def on_cpu(quick: bool) -> dict[str, list[list[Side]]]:
@@ -346,6 +357,7 @@ def on_gpu(quick: bool) -> dict[str, list[list[Side]]]:
     base = Side("fixed_fan_in", 2812281, 768, 128, 32, 1, "bf16", "triton", 0.0)
     dense = Side("dense", 2812281, 768, 128, dtype="bf16", momentum=0.0)
     large = [dense, replace(dense, backend="torch.compile"), replace(base, fan_in=128, group=64), base]
+    large += [replace(large[2], backend="triton atomic"), replace(base, backend="triton atomic")]
     large += [replace(base, dtype="fp8"), replace(base, dtype="fp8", fan_in=128, group=64), replace(base, group=64)]
     middle = [replace(side, labels=131072, momentum=0.9, dtype="fp32") for side in (dense, base, replace(base, group=16))]
     plans: dict[str, list[list[Side]]] = {"step": [large, middle], "topk": [[replace(base, fan_in=128, group=64), base]]}

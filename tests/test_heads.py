@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fanin.config import Head as HeadSettings
 from fanin.files import InputError
 from fanin.heads import Bottleneck, Dense, FixedFanIn, Head, build_head
-from fanin.kernels.layer import index_dtype
+from fanin.kernels.layer import decode, index_dtype
 from fanin.kernels.reference import Reference, expand
 from fanin.objectives import Positives
 from fanin.rewiring import Schedule
@@ -262,6 +262,63 @@ def test_build_and_state_round_trip(kind):
     two.load_model_state(one.model_state(), "here")
     for key, value in one.model_state().items():
         assert torch.equal(two.model_state()[key], value)
+
+
+def test_a_backend_that_cannot_run_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("Triton runs here")
+    with pytest.raises(InputError, match=r"head.backend: the triton backend needs a GPU.*set it to auto"):
+        build_head(HeadSettings(fan_in=4, backend="triton"), 30, 16)
+
+
+@pytest.mark.parametrize("group", [1, 16])
+@pytest.mark.parametrize(("dtype", "rounding"), [("bf16", "stochastic"), ("bf16", "kahan"), ("fp8", "stochastic")])
+def test_low_precision_heads_train_rewire_and_are_saved(dtype, rounding, group):
+    """They follow the float32 head, keep their type through it all, and rewiring moves every tensor along."""
+    settings = HeadSettings(fan_in=10, group=group, dtype=dtype, rounding=rounding)
+    head, wide = build_head(settings, LABELS, WIDTH, seeded()), build_head(HeadSettings(fan_in=10, group=group), LABELS, WIDTH)
+    wide.load_model_state({k: v.float() if v.is_floating_point() else v for k, v in head.model_state().items()}, "here")
+    losses = []
+    for one in (head, wide):
+        one.prepare_training(0.9)
+        for number in range(30):
+            x, _, positives = batch(number % 3)
+            _, loss = one.step(x.float(), positives, lr=0.02, momentum=0.9, seed=number, want_loss=True)
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+    assert head.momentum.dtype == torch.bfloat16
+    assert (head.compensation is not None) == (rounding == "kahan")
+    before = densify(head, decode(head.weight))
+    rigl = Schedule(method="rigl", prune="fraction", amount=0.3, interval=1, end_step=10**9)
+    head.rewire(rigl, 1, seeded(), x.float(), positives)
+    after = densify(head, decode(head.weight))
+    assert (after[after != before] == 0).all()
+    state = head.model_state()
+    assert state["weight"].dtype == head.weight.dtype
+    other = build_head(settings, LABELS, WIDTH)
+    other.load_model_state(state, "here")
+    assert torch.equal(other.logits(x.float(), 0, LABELS), head.logits(x.float(), 0, LABELS))
+
+
+def test_a_step_refuses_bad_input_and_leaves_the_head_as_it_was():
+    head = FixedFanIn(LABELS, WIDTH, 7, generator=seeded())
+    head.prepare_training(0.9)
+    before = {name: buffer.clone() for name, buffer in head.named_buffers()}
+    x, _, positives = batch(0)
+    x = x.float()
+    broken = x.clone()
+    broken[2, 5], broken[4, 0] = torch.nan, torch.inf
+    for error, message, given, where in (
+        (FloatingPointError, r"x holds NaN or infinite values, in documents \[2, 4\] of the batch", broken, positives),
+        (ValueError, r"x must be \[B, 40\] with B at least 1, found \[0, 40\]", x[:0], positives),
+        (ValueError, r"x must be \[B, 40\]", x[:, :-1], positives),
+        (ValueError, "label ids must be sorted", x, Positives(positives.labels.flip(0), positives.documents)),
+        (ValueError, "positives: label 600 is outside 0..599", x, Positives(positives.labels + 1, positives.documents)),
+        (ValueError, "positives: document 6 is outside 0..5", x, Positives(positives.labels, positives.documents + 1)),
+    ):
+        with pytest.raises(error, match=message):
+            head.step(given, where, lr=0.1, momentum=0.9)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in head.named_buffers())
 
 
 def test_bad_states_are_refused():

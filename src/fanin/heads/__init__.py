@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from fanin.files import InputError
 from fanin.heads.dense import Bottleneck, Dense
 from fanin.heads.fixed_fan_in import FixedFanIn
 from fanin.heads.head import Head
+from fanin.kernels import Unavailable
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
@@ -25,14 +27,17 @@ def build_head(settings: Any, labels: int, width: int, generator: torch.Generato
         return Dense(labels, width, settings.loss, generator)
     if settings.kind == "bottleneck":
         return Bottleneck(labels, width, settings.bottleneck, settings.loss, generator)
-    return FixedFanIn(
-        labels,
-        width,
-        settings.fan_in,
-        settings.group,
-        settings.loss,
-        generator,
-        dtype=STORED[settings.dtype],
-        rounding=settings.rounding,
-        backend=settings.backend,
-    )
+    try:
+        return FixedFanIn(
+            labels,
+            width,
+            settings.fan_in,
+            settings.group,
+            settings.loss,
+            generator,
+            dtype=STORED[settings.dtype],
+            rounding=settings.rounding,
+            backend=settings.backend,
+        )
+    except Unavailable as reason:
+        raise InputError(f"head.backend: {reason}; set it to auto") from None
