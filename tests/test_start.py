@@ -380,6 +380,64 @@ def test_zero_targets_get_random_features_and_zero_weights(corpus, tmp_path):
     assert len(supports) == 3
 
 
+@pytest.fixture
+def long_tail(tmp_path) -> SimpleNamespace:
+    """30 embedded documents with 12 labels each that no other has, 4 that all share out, and 240 labels without any."""
+    rng = np.random.default_rng(3)
+    lists = [[4 + 12 * document + i for i in range(12)] for document in range(30)]
+    ids = 4 + rng.permutation(600)  # so that no two of a document are neighbours
+    lists = [sorted([document % 4, *ids[np.array(own) - 4].tolist()]) for document, own in enumerate(lists)]
+    vectors = rng.normal(size=(40, WIDTH)).astype(np.float16)
+    lists += [[0]] * 10  # held out
+    where = {"documents": np.arange(30), "validation": np.arange(30, 40), "label_count": 604}
+    return SimpleNamespace(inputs=(*write_corpus(tmp_path / "in", lists, vectors, **where), tmp_path), lists=lists[:30])
+
+
+@pytest.mark.parametrize("intermediate", [0, 40])
+def test_a_long_tail_is_coded_once_a_document(long_tail, tmp_path, monkeypatch, intermediate):
+    """The state is that of coding every label by itself, and far fewer rows are coded."""
+    config = settings(intermediate=intermediate)
+    config.start.rounds = 1
+    coded = []
+
+    def counted(rows, *rest, **more):
+        coded.append(len(rows))
+        return encode(rows, *rest, **more)
+
+    monkeypatch.setattr(start_forms, "encode", counted)
+    monkeypatch.setattr(start, "CHUNK", 100)
+    short, summary = run(long_tail, config, tmp_path / "short")
+    assert 34 <= sum(coded) < 34 + 7  # 30 documents, 4 labels of several; once more in each chunk that cuts a run
+    coded.clear()
+    monkeypatch.setattr(start, "_alike_together", lambda source: np.arange(source.labels))
+    plain, expected = run(long_tail, config, tmp_path / "plain")
+    assert sum(coded) > 300
+    seen = torch.zeros(604, dtype=torch.bool)
+    seen[[label for own in long_tail.lists for label in own]] = True
+    for name in ("weight", "index"):
+        torch.testing.assert_close(short[name][seen].double(), plain[name][seen].double(), rtol=1e-4, atol=1e-5)
+    assert not short["weight"][~seen].any()
+    torch.testing.assert_close(short["bias"], plain["bias"], rtol=1e-5, atol=1e-5)
+    assert all(len(set(row.tolist())) == config.head.fan_in for row in short["index"].to(torch.int64))
+    assert summary["residual"] == pytest.approx(expected["residual"], rel=1e-5)
+    assert summary["zero_shot"] == expected["zero_shot"]
+
+
+def test_only_the_best_of_the_labels_without_weights_can_be_found():
+    """Ranking leaves the other ones out; the result is that of ranking all."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(300, 8, generator=generator) * (torch.arange(300) % 3 == 0)[:, None]
+    bias, z = torch.randn(300, generator=generator), torch.randn(20, 8, generator=generator)
+    ranking = start._Ranking(np.zeros((20, 8), np.float16), [np.array([0])] * 20, 300)
+    ranking.z, ranking.best = z, z.new_empty(20, 0)
+    ranking.found = torch.empty(20, 0, dtype=torch.int64)
+    names = np.random.default_rng(0).permutation(300)
+    for part in np.array_split(np.arange(300), 4):
+        ranking.offer(rows[part], bias[part], names[part])
+    score = torch.addmm(bias, z, rows.T)
+    assert np.array_equal(ranking.found.numpy(), names[score.topk(5, dim=1).indices.numpy()])
+
+
 def test_fan_in_above_the_width_is_an_error(corpus, tmp_path):
     with pytest.raises(InputError, match=r"head\.fan_in: 17 is above the 16 features"):
         build_start(settings(intermediate=0, fan_in=17), *corpus.inputs, tmp_path / "start")

@@ -90,8 +90,9 @@ def start_from_data(
     bias, lift = _biases(config, source, order)
     state: dict[str, Tensor] = {"bias": bias}
     error = 0.0
+    visits = _alike_together(source) if group == 1 else np.arange(source.labels)
     for start in range(0, source.labels, chunk):
-        rows = slice(start, min(start + chunk, source.labels))
+        rows = visits[start : start + chunk]
         target = targets(order[rows])
         unit = F.normalize(target, dim=1)
         expressed = form.express(unit)
@@ -164,6 +165,12 @@ class _Ranking:
         """Rank labels [n] with whitened rows [n, D] and mean logits [n] among those before."""
         if not len(self.z):
             return
+        blank = (~rows.any(dim=1)).nonzero()[:, 0]  # they score their bias on every document: only the best can be found
+        if len(blank) > CUTOFFS[-1]:
+            kept = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+            kept[blank] = False
+            kept[blank[bias[blank].topk(CUTOFFS[-1]).indices]] = True
+            rows, bias, labels = rows[kept], bias[kept], labels[kept.cpu().numpy()]
         some = max(SCORES // len(self.z), CUTOFFS[-1])
         names = torch.from_numpy(labels.astype(np.int64)).to(rows.device)
         for own, base, name in zip(rows.split(some), bias.split(some), names.split(some), strict=True):
@@ -196,16 +203,29 @@ def _biases(config: Config, source: LabelDocuments, order: np.ndarray) -> tuple[
     return prior.log().float(), config.start.lift
 
 
-def _store(state: dict[str, Tensor], expressed: Expressed, rows: slice, group: int, labels: int, width: int) -> None:
-    """Put a chunk's weights and indices into the state, which is allocated by the first chunk."""
+def _alike_together(source: LabelDocuments) -> np.ndarray:
+    """[L] int64: the labels, those of the same one embedded document next to each other, those of none last.
+
+    In a long tail many labels were seen in one document: they have its embedding in common, and so one code. Where that
+    would not save half of the coding, the labels stay in order.
+    """
+    counts = source.counts
+    document = np.where(counts == 0, len(source.embeddings) + 1, len(source.embeddings))
+    single = np.flatnonzero(counts == 1)
+    document[single] = source.members[source.offsets[single]]
+    coded = len(np.unique(document[single])) + int((counts > 1).sum())
+    return np.argsort(document, kind="stable") if 2 * coded <= source.labels else np.arange(source.labels)
+
+
+def _store(state: dict[str, Tensor], expressed: Expressed, rows: np.ndarray, group: int, labels: int, width: int) -> None:
+    """Put a chunk's weights and indices into these rows of the state, which is allocated by the first chunk."""
     if "weight" not in state:
         state["weight"] = torch.empty(labels, expressed.weight.shape[1])
         if expressed.index is not None:
             state["index"] = torch.empty(-(-labels // group), expressed.index.shape[1], dtype=index_dtype(width))
-    state["weight"][rows] = expressed.weight.cpu()
-    if expressed.index is not None:
-        first = rows.start // group
-        state["index"][first : first + len(expressed.index)] = expressed.index.to(state["index"].dtype).cpu()
+    state["weight"].numpy()[rows] = expressed.weight.cpu()
+    if expressed.index is not None:  # through numpy: torch does not scatter uint16
+        state["index"].numpy()[rows[::group] // group] = expressed.index.cpu()
 
 
 def _sample(source: LabelDocuments, order: np.ndarray, group: int, generator: torch.Generator) -> np.ndarray:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fanin.config import Config
@@ -72,15 +73,28 @@ class FixedFanIn:
     layers: dict[str, Tensor] = field(default_factory=dict)
 
     def express(self, rows: Tensor) -> Expressed:
-        """A group of zero rows only has nothing to choose features by: it gets random ones."""
-        index, value = encode(rows, self.atoms, self.fan_in, self.group)
-        fitted = decode(index, value, self.atoms, self.group)
-        blank = torch.zeros(len(index), dtype=torch.bool, device=rows.device)
-        filled = rows.any(dim=1).nonzero()[:, 0] // self.group
-        blank = ~blank.index_fill(0, filled, True)
-        index[blank] = self._random_support(int(blank.sum())).to(index.device)
-        own = index.repeat_interleave(self.group, 0)[: len(rows)]
-        return Expressed(value / self.lengths[own], index, fitted)
+        """A group of zero rows only has nothing to choose features by: it gets random ones.
+
+        Coding is the dear part: where that at least halves it, such a group is not coded, nor is one equal to the group
+        before it. (Always to leave them out would move others' last bits, as a product's rows depend on their number.)
+        """
+        groups = F.pad(rows, (0, 0, 0, -len(rows) % self.group)).unflatten(0, (-1, self.group))
+        filled = groups.any(dim=2).any(dim=1)
+        fresh = filled.clone()
+        fresh[1:] &= (groups[1:] != groups[:-1]).any(dim=2).any(dim=1)
+        if 2 * int(fresh.sum()) > len(fresh):
+            fresh = torch.ones_like(filled)
+        code = (fresh.cumsum(0) - 1)[filled]
+        index = torch.empty(len(groups), self.fan_in, dtype=torch.int64, device=rows.device)
+        index[~filled] = self._random_support(int((~filled).sum())).to(rows.device)
+        value, fitted = rows.new_zeros(len(groups), self.group, self.fan_in), torch.zeros_like(groups)
+        if fresh.any():
+            own, values = encode(groups[fresh].flatten(0, 1), self.atoms, self.fan_in, self.group)
+            index[filled] = own[code]
+            value[filled] = values.unflatten(0, (-1, self.group))[code]
+            fitted[filled] = decode(own, values, self.atoms, self.group).unflatten(0, (-1, self.group))[code]
+        value, fitted = value.flatten(0, 1)[: len(rows)], fitted.flatten(0, 1)[: len(rows)]
+        return Expressed(value / self.lengths[index.repeat_interleave(self.group, 0)[: len(rows)]], index, fitted)
 
     def _random_support(self, rows: int) -> Tensor:
         width = len(self.atoms)
