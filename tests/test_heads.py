@@ -285,7 +285,7 @@ def test_low_precision_heads_train_rewire_and_are_saved(dtype, rounding, group):
             x, _, positives = batch(number % 3)
             _, loss = one.step(x.float(), positives, lr=0.02, momentum=0.9, seed=number, want_loss=True)
         losses.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+    assert losses[0] == pytest.approx(losses[1], rel=0.03 if dtype == "bf16" else 0.15)
     assert head.momentum.dtype == torch.bfloat16
     assert (head.compensation is not None) == (rounding == "kahan")
     before = densify(head, decode(head.weight))
