@@ -18,7 +18,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 PIPELINE := $(PY) -m fanin.tracking run -- dvc repro
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train evaluate memory report compare ui sync params test test-slow lint gpu-check lock clean
+.PHONY: help setup demo train evaluate memory plan report compare ui sync params test test-slow lint gpu-check lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ evaluate: setup ## evaluate the trained model on the test set
 
 memory: setup ## predicted and measured memory, beside a dense layer
 	$(PIPELINE) memory
+
+plan: setup ## does it fit? before a run: make plan ARGS="--memory 24GiB --labels 670091" (--help: all it answers)
+	@$(PY) -m fanin.memory plan $(ARGS)
 
 report: setup ## everything, to the HTML page reports/report.html
 	$(PIPELINE)

@@ -22,8 +22,9 @@ from fanin.heads import build_head
 from fanin.memory import jobs, probe
 from fanin.memory.jobs import Job, measure_all
 from fanin.memory.peaks import Peaks
-from fanin.memory.plan import PARTS, EncoderShape, Plan, head_bytes, predict, random_encoder, rewire_buffers, step_buffers
+from fanin.memory.plan import PARTS, Plan, head_bytes, predict, rewire_buffers, step_buffers
 from fanin.memory.record import record
+from fanin.memory.shapes import EncoderShape, random_encoder
 from fanin.objectives import Positives
 from fanin.rewiring import Schedule
 from tiny import tiny_tokenizer
@@ -160,14 +161,18 @@ def test_rewire_buffers_are_what_rewiring_allocates(name: str, prune: str, metho
 # the encoder ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", [FP32, BF16])
 @pytest.mark.parametrize(("dropout", "attention"), [(0.0, 0.0), (0.1, 0.1), (0.1, 0.0), (0.0, 0.1)])
 @pytest.mark.parametrize("family", [bert, distilbert])
-def test_saved_tensors_are_those_of_autograd(family: Any, dropout: float, attention: float, precision: torch.dtype) -> None:
-    shape, config = family(dropout, attention), settings("dense", train={"batch": 6, "max_steps": 1})
+def test_saved_tensors_are_those_of_autograd(
+    family: Any, dropout: float, attention: float, precision: torch.dtype, checkpointing: bool
+) -> None:
+    changes = {"train": {"batch": 6, "max_steps": 1}, "encoder": {"checkpointing": checkpointing}}
+    shape, config = family(dropout, attention), settings("dense", **changes)
     classifier = probe.random_classifier(config, random_encoder(shape), 50, CPU, precision)
     trainer = probe._trainer(config, classifier, 40, 1, Path("unused"))
-    planned = EncoderShape.of(shape).saved(6, 40, "cpu", precision)
+    planned = EncoderShape.of(shape).saved(6, 40, "cpu", precision, checkpointing)
     assert planned == pytest.approx(probe.saved_bytes(classifier, trainer), rel=0.005)
 
 
@@ -206,6 +211,21 @@ STEPS = {
     ),
     "branch": (settings(train={"batch": 32}, auxiliary={"enabled": True}), bert(), 2000, 64, FP32),
     "groups": (settings(head={"group": 16}, train={"batch": 32}), bert(), 20_000, 32, FP32),
+    "checkpointing": (settings(train={"batch": 32}, encoder={"checkpointing": True}), bert(num_hidden_layers=6), 300, 64, FP32),
+    "checkpointing, dropout": (
+        settings(train={"batch": 16}, encoder={"checkpointing": True}),
+        bert(0.1, 0.1, num_hidden_layers=6),
+        300,
+        64,
+        FP32,
+    ),
+    "checkpointing, bf16": (
+        settings(train={"batch": 32}, encoder={"checkpointing": True}),
+        bert(num_hidden_layers=6, intermediate_size=256),
+        300,
+        64,
+        BF16,
+    ),
     "rewiring": (settings(train={"batch": 8}, rewiring={"method": "rigl"}), bert(), 60000, 8, FP32),
 }
 
@@ -246,8 +266,8 @@ def test_parts_sum_to_the_peak_of_the_highest_phase() -> None:
 
 @pytest.mark.parametrize("kind", ["fixed_fan_in", "dense", "bottleneck"])
 def test_memory_grows_linearly_in_labels(kind: str) -> None:
-    one, two, three = (plan(settings(kind), labels).peak for labels in (100_000, 200_000, 300_000))
-    each = head_bytes(settings(kind).head, 100_000, 32, momentum=True)
+    one, two, three = (plan(settings(kind), labels).peak for labels in (600_000, 1_200_000, 1_800_000))
+    each = head_bytes(settings(kind).head, 600_000, 32, momentum=True)
     steady = 2 * 4 * 16 * 32 if kind == "bottleneck" else 0  # the projection and its momentum do not grow
     assert three - two == two - one == sum(each.values()) - steady
 

@@ -147,6 +147,13 @@ def load_tokenizer(name: str | Path, max_length: int | None = None) -> Any:
     return tokenizer
 
 
+def load_description(name: str | Path) -> Any:
+    """The encoder's Hugging Face config, without its weights. Raises InputError where there is none."""
+    path = resolve(name)
+    with _explained(path, str(name), "config"), _quiet():
+        return AutoConfig.from_pretrained(path)
+
+
 def choose_precision(setting: str, device: torch.device | str) -> torch.dtype:
     """torch.float32, or torch.bfloat16 for bf16 autocast with float32 weights; `setting` is train.precision.
 

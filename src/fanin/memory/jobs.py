@@ -12,77 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from omegaconf import OmegaConf
 
 from fanin.config import Config
 from fanin.files import InputError, read_json, write_json
 from fanin.memory import probe
-from fanin.memory.peaks import current
-from fanin.memory.plan import EncoderShape, Plan, predict
+from fanin.memory.job import MIB, Job, available
 
-MIB = 2**20
-CPU = torch.device("cpu")
-_CGROUP = Path("/sys/fs/cgroup")
-_LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Job:
-    """One head at one size, to be planned and perhaps measured; `config` is the run's, with the head in question."""
-
-    config: Config
-    shape: EncoderShape
-    labels: int
-    tokens: int
-    device: torch.device
-    precision: torch.dtype
-
-    @property
-    def features(self) -> int:
-        """D', the features that the head can read."""
-        return self.config.head.intermediate or self.shape.width(self.config)
-
-    def plan(self, baseline: int | None = None) -> Plan:
-        """The prediction; `baseline` bytes of the process itself, on a CPU this one's where it is not given."""
-        if baseline is None:
-            baseline = current(CPU) if self.device.type == "cpu" else 0
-        return predict(
-            self.config,
-            self.shape,
-            self.labels,
-            batch=self.config.train.batch,
-            tokens=self.tokens,
-            device=self.device.type,
-            precision=self.precision,
-            baseline=baseline,
-        )
-
-    def too_large(self, what: str, room: int) -> InputError:
-        """The error for a step that does not fit into `room` bytes; `what` happened."""
-        plan, train = self.plan(), self.config.train
-        return InputError(
-            f"memory: {what}: a training step of the {self.config.head.kind} head with {self.labels:,} labels, "
-            f"train.batch {train.batch} and {self.tokens} tokens takes about {plan.peak / MIB:,.0f} MiB ({plan.phase}: "
-            f"activations {plan.parts()['activations'] / MIB:,.0f}), and {room / MIB:,.0f} MiB are free; lower train.batch "
-            "(with train.accumulation for the same updates), tokens.max_length, or the head's width"
-        )
-
-
-def available(device: torch.device) -> int:
-    """Bytes that a new process can have: free on the GPU, else what the system and its control group leave."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    room = psutil.virtual_memory().available
-    for limit, used in _LIMITS:
-        try:
-            most, now = ((_CGROUP / name).read_text().strip() for name in (limit, used))
-        except OSError:
-            continue
-        if most != "max":
-            room = min(room, int(most) - int(now))
-    return max(room, 0)
+__all__ = ["MIB", "Job", "answer", "available", "measure_all"]
 
 
 def measure_all(jobs: Sequence[Job], steps: int, thorough: int, room: int) -> list[dict[str, Any]]:
@@ -131,11 +69,20 @@ class _Child:
         with open(folder / "output", "w", encoding="utf-8") as output:
             self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
+    def wait(self) -> dict[str, Any]:
+        """What the child finds, once it has ended. Raises as `measure_all` does."""
+        try:
+            self.process.wait()
+        finally:  # also after Ctrl-C
+            self.process.kill()
+            self.process.wait()
+        return self.result(available(self.job.device))
+
     def result(self, room: int) -> dict[str, Any]:
         """What the ended child found. Raises as `measure_all` does."""
         path = self.folder / "result.json"
         found = read_json(path) if path.exists() else {}
-        if "peak" in found:
+        if "baseline" in found:
             return found
         if "refused" in found:
             raise InputError(found["refused"])
@@ -144,6 +91,12 @@ class _Child:
             raise self.job.too_large("measuring ran out of memory", room)
         last = (self.folder / "output").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-20:]
         raise RuntimeError("\n".join([f"measuring memory ended with exit code {code}:", *last]))
+
+
+def process_bytes(job: Job) -> int:
+    """What a training process on a CPU holds before anything of `job` is built: measured in one, on a tiny step."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _Child(job, {"steps": 0, "thorough": False, "allocator": False}, Path(folder) / "0", False).wait()["baseline"]
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

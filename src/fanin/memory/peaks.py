@@ -13,12 +13,13 @@ import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
-from fanin.trainer import Trainer
+if TYPE_CHECKING:
+    from fanin.trainer import Trainer
 
 _THRESHOLD = 128 * 1024  # glibc begins with it
 _ENDS_AT = 32 * 2**20  # and can end at it

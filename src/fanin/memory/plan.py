@@ -1,6 +1,6 @@
 """What a training step will hold in memory, predicted from shapes alone.
 
-Nothing is allocated but the encoder's skeleton on the meta device. The arithmetic follows the step as the trainer makes
+Nothing is allocated. The arithmetic follows the step as the trainer makes
 it, phase by phase: forward (the encoder's saved tensors grow), head (its chunked step beside them), backward (they shrink,
 gradients grow), update (AdamW), rewire. The peak is that of the highest phase. All sizes are in bytes.
 """
@@ -8,116 +8,23 @@ gradients grow), update (AdamW), rewire. The peak is that of the highest phase. 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import nn
-from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModel, AutoModelForTextEncoding
 
 from fanin import kernels
 from fanin.config import Config
 from fanin.config import Head as HeadSettings
-from fanin.files import InputError
 from fanin.heads import STORED
 from fanin.kernels.layer import index_dtype
+from fanin.memory.shapes import EncoderShape
+from fanin.optim import CHUNK, MOMENTS
 
 PARTS = ("baseline", "encoder", "encoder_optimizer", "activations", "head_weights", "indices", "head_optimizer", "buffers")
-_FLOAT = 4  # weights, gradients, moments and heads are float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderShape:
-    """What the plan needs to know of a Hugging Face encoder.
-
-    parameters, linear (the linear layers' weights): numbers of entries. dropouts: dropout masks a layer beside the
-    attention's. fused: attention through sdpa, not written out.
-    """
-
-    hidden: int
-    feed_forward: int
-    heads: int
-    layers: int
-    vocabulary: int
-    parameters: int
-    linear: int
-    dropouts: int
-    attention_dropout: bool
-    fused: bool
-
-    @classmethod
-    def of(cls, config: Any, hidden_dropout: float | None = None) -> EncoderShape:
-        """The shape that a Hugging Face config describes; hidden_dropout: encoder.hidden_dropout.
-
-        Raises InputError where it describes no transformer.
-        """
-        sizes = {key: getattr(config, key, None) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
-        lacking = [key for key, value in sizes.items() if not isinstance(value, int)]
-        if lacking:
-            raise InputError(f"encoder.name: its config lacks {', '.join(lacking)}, so its memory cannot be planned")
-        with torch.device("meta"):
-            model = random_encoder(config)
-        rates = [getattr(config, name, None) for name in ("attention_probs_dropout_prob", "attention_dropout")]
-        masks = 0
-        for path, module in model.named_modules():
-            if isinstance(module, nn.Dropout):
-                rate = module.p if hidden_dropout is None else hidden_dropout
-                masks += rate > 0 and any(name.isdigit() for name in path.split("."))  # a layer's, not the embeddings'
-        attention = any(rate for rate in rates) if hidden_dropout is None else hidden_dropout > 0
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        wide = [getattr(config, name, None) for name in ("intermediate_size", "hidden_dim", "d_ff")]
-        return cls(
-            hidden=config.hidden_size,
-            feed_forward=next((size for size in wide if isinstance(size, int)), 4 * config.hidden_size),
-            heads=config.num_attention_heads,
-            layers=config.num_hidden_layers,
-            vocabulary=model.get_input_embeddings().weight.shape[0],  # type: ignore[operator]
-            parameters=sum(p.numel() for p in parameters),
-            linear=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)),
-            dropouts=max(masks // config.num_hidden_layers - attention, 0),
-            attention_dropout=attention,
-            fused=getattr(model.config, "_attn_implementation", "eager") != "eager",
-        )
-
-    def width(self, config: Config) -> int:
-        """D, the width of the embedding."""
-        return self.hidden * (config.encoder.layers if config.encoder.pooling == "cls_layers" else 1)
-
-    def saved(self, batch: int, tokens: int, device: str, precision: torch.dtype) -> int:
-        """What autograd keeps of the encoder's forward pass at [B, T], weights not counted.
-
-        A layer keeps the inputs of its linear layers and norms, q, k, v, the activation's input and output, and masks.
-        Attention is fused, so of size B T, unless its dropout makes the CPU write out the weights [B, heads, T, T].
-        """
-        half = precision == torch.bfloat16
-        cuda, entry = device != "cpu", 2 if half else _FLOAT
-        written = not self.fused or (self.attention_dropout and not cuda)
-        mask = 1 if cuda else entry  # a CPU keeps dropout's factors, CUDA one byte each
-        positions = batch * tokens
-        # float32: x, q, k, v, the attention's output, both norms' inputs, the first one's output; under autocast the
-        # norms' inputs stay float32, x is cast for each of q, k and v, and written-out attention is float32
-        hidden = (24 if half else 32) + self.dropouts * mask + (6 if half and written else 0)
-        layer = positions * self.hidden * hidden + 2 * entry * positions * self.feed_forward + 16 * positions
-        if written:
-            layer += batch * self.heads * tokens * tokens * _FLOAT * (3 if self.attention_dropout else 1)
-        else:
-            layer += positions * self.heads * _FLOAT + batch * tokens * tokens * entry  # log-sum-exp, padding mask
-        embedding = positions * (self.hidden * (_FLOAT + (mask if not half or cuda else _FLOAT) * (self.dropouts > 0)) + 20)
-        return self.layers * layer + embedding + (2 * self.linear if half else 0)
-
-    def temporaries(self, batch: int, tokens: int, device: str, precision: torch.dtype) -> tuple[int, int]:
-        """What the forward and the backward pass hold for an instant beside all saved tensors."""
-        half = precision == torch.bfloat16
-        hidden = batch * tokens * self.hidden * _FLOAT
-        wide = batch * tokens * self.feed_forward * (2 if half else _FLOAT)
-        weight = self.hidden * self.feed_forward * _FLOAT
-        forward = 9 * hidden // 2 if half else 2 * hidden  # the last layer's end and the pooling
-        backward = max(2 * hidden, wide + weight)  # the last layer's: its end, or its feed-forward part
-        if not self.fused or (self.attention_dropout and device == "cpu"):
-            attention = batch * self.heads * tokens * tokens * _FLOAT
-            # by then the layer's later tensors are gone, or not there yet
-            backward = max(backward, attention - 2 * wide - (1 if half else 3) * hidden + 2 * weight)
-            forward = max(forward, attention - 2 * wide - 4 * hidden if half else 0)
-        return forward, backward
+_FLOAT = 4  # weights, gradients, and what is not said to be stored in less
+# Of what comes and goes within a step, the share that the allocator keeps beyond it. A CPU: glibc keeps freed blocks below
+# 32 MiB (measured: the `allocator` of memory records); CUDA: what the caching allocator loses to blocks that do not fit.
+_SLACK = {"cpu": 0.3, "cuda": 0.1}
+_LOADER = 52  # bytes a document: lengths, rows, an epoch's order and, for an instant, its sorting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +45,10 @@ class Plan:
     """The predicted memory of a training step, in bytes.
 
     encoder: weights of the encoder and the intermediate layer; encoder_optimizer: their two moments; head_weights: with
-    biases (and the bottleneck's projection); other: the auxiliary branch with its moments, and the label order of groups.
+    biases (and the bottleneck's projection); other: the auxiliary branch with its moments, and the label order of groups;
+    loader: the order of the documents and a batch.
     baseline: the process (or on CUDA the libraries' workspaces) before anything is built, as measured; 0 where unknown.
+    slack_share: of a phase's coming and going, what the allocator keeps.
     """
 
     baseline: int
@@ -149,13 +58,15 @@ class Plan:
     indices: int
     head_optimizer: int
     other: int
+    loader: int = 0
+    slack_share: float = 0.0
     phases: dict[str, Phase] = field(default_factory=dict)
 
     @property
     def resident(self) -> int:
         """What stays from step to step."""
         own = self.encoder + self.encoder_optimizer + self.head_weights + self.indices + self.head_optimizer
-        return self.baseline + own + self.other
+        return self.baseline + own + self.other + self.loader
 
     @property
     def phase(self) -> str:
@@ -164,15 +75,45 @@ class Plan:
 
     @property
     def peak(self) -> int:
+        """Of tensors and process: what `probe` measures with an allocator that keeps nothing back."""
         return self.resident + self.phases[self.phase].total
 
+    @property
+    def slack(self) -> int:
+        """What the allocator is expected to keep beyond the peak."""
+        return int(self.slack_share * self.phases[self.phase].total)
+
+    @property
+    def need(self) -> int:
+        """The peak with the allocator's slack: what has to be free for the run to fit."""
+        return self.peak + self.slack
+
     def parts(self) -> dict[str, int]:
-        """Bytes by part at the peak; they sum to it. buffers: gradients, temporaries and `other`."""
+        """Bytes by part at the peak; they sum to it. buffers: gradients, temporaries, loader and `other`."""
         at_peak = self.phases[self.phase]
         sizes = {name: getattr(self, name) for name in PARTS if name not in ("activations", "buffers")}
-        buffers = at_peak.gradients + at_peak.temporaries + self.other
+        buffers = at_peak.gradients + at_peak.temporaries + self.other + self.loader
         sizes |= {"activations": at_peak.activations, "buffers": buffers}
         return {name: sizes[name] for name in PARTS}
+
+    def lines(self) -> dict[str, int]:
+        """Bytes by part at the peak, finer than `parts` and with the allocator's slack; they sum to `need`."""
+        at_peak = self.phases[self.phase]
+        buffers = "head's fused step" if self.phase == "head" else f"buffers of the {self.phase} pass"
+        return {
+            "process and libraries": self.baseline,
+            "encoder weights": self.encoder,
+            "encoder gradients": at_peak.gradients,
+            "encoder optimiser state": self.encoder_optimizer,
+            "activations": at_peak.activations,
+            "head weights": self.head_weights,
+            "head indices": self.indices,
+            "head momentum": self.head_optimizer,
+            buffers: at_peak.temporaries,
+            "auxiliary branch, label order": self.other,
+            "loader": self.loader,
+            "allocator slack": self.slack,
+        }
 
 
 def predict(
@@ -186,50 +127,60 @@ def predict(
     device: str = "cpu",
     precision: torch.dtype = torch.float32,
     baseline: int = 0,
+    documents: int = 0,
+    ranks: int = 1,
 ) -> Plan:
     """Plan a training step of micro-batches [B, T] on `labels` labels.
 
-    head: the head's settings, config.head unless given; precision: float32, or bfloat16 for autocast; device: cpu or cuda.
+    head: the head's settings, config.head unless given; precision: float32, or bfloat16 for autocast; device: cpu or cuda;
+    documents: to train on; ranks: processes that share the labels, each with a batch of its own (the plan is one rank's).
     """
     head = head or config.head
+    labels = -(-labels // ranks)
     width = encoder.width(config)
     features = head.intermediate or width
     layer = head.intermediate * (width + 1)
     trained = encoder.parameters + layer
     sizes = head_bytes(head, labels, features, momentum=config.train.momentum > 0)
     meta = min(config.clusters.meta_labels, labels) if config.auxiliary.enabled else 0
+    moments = MOMENTS[config.train.encoder_moments].itemsize
+    checkpointing = config.encoder.checkpointing
 
     embedding = _FLOAT * batch * width * (2 if config.encoder.dropout else 1)
     tail = embedding + _FLOAT * batch * features * (2 if head.activation == "relu" and head.intermediate else 1)
-    activations = encoder.saved(batch, tokens, device, precision) + tail
-    forward, backward = encoder.temporaries(batch, tokens, device, precision)
+    activations = encoder.saved(batch, tokens, device, precision, checkpointing) + tail
+    forward, backward = encoder.temporaries(batch, tokens, device, precision, checkpointing)
     order = 0 if head.group == 1 else 12 if device == "cpu" else 4  # int32, and its inverse as int64 on the host
     branch = 2 * _FLOAT * batch * meta  # targets and logits
     waiting = _FLOAT * trained if config.train.accumulation > 1 else 0  # gradients of earlier micro-batches
     gradients = _FLOAT * (trained + meta * (width + 1))
+    gathered = 2 * _FLOAT * ranks * batch * features if ranks > 1 else 0  # all ranks' x and dx
+    step = step_buffers(head, labels, features, ranks * batch, device) + gathered
+    # fused in float32: none; below it a chunk in float32 with its noise
+    updating = 0 if moments == _FLOAT else 7 * _FLOAT * min(CHUNK, encoder.vocabulary * encoder.hidden)
     phases = {
         "forward": Phase(activations=activations, gradients=waiting, temporaries=forward),
-        "head": Phase(
-            activations=activations, gradients=waiting, temporaries=step_buffers(head, labels, features, batch, device)
-        ),
+        "head": Phase(activations=activations, gradients=waiting, temporaries=step),
         "backward": max(  # at its beginning or at its end
             Phase(activations=activations, gradients=waiting, temporaries=backward + branch),
             Phase(gradients=gradients),
             key=lambda phase: phase.total,
         ),
-        "update": Phase(gradients=gradients),  # fused: no temporaries
+        "update": Phase(gradients=gradients, temporaries=updating),
     }
     if head.kind == "fixed_fan_in" and config.rewiring.method != "none":
-        rewire = rewire_buffers(head, labels, features, batch, config.rewiring.method, config.rewiring.prune)
+        rewire = rewire_buffers(head, labels, features, ranks * batch, config.rewiring.method, config.rewiring.prune)
         phases["rewire"] = Phase(temporaries=rewire + tail)
     return Plan(
         baseline=baseline,
         encoder=_FLOAT * trained,
-        encoder_optimizer=2 * _FLOAT * trained,
+        encoder_optimizer=2 * moments * trained,
         head_weights=sizes["weights"] + sizes["bias"],
         indices=sizes["indices"],
         head_optimizer=sizes["optimizer"],
-        other=3 * _FLOAT * meta * (width + 1) + labels * ((8 if meta else 0) + order),
+        other=(_FLOAT + 2 * moments) * meta * (width + 1) + labels * ((8 if meta else 0) + order),
+        loader=_LOADER * documents if device == "cpu" else 0,
+        slack_share=_SLACK["cpu" if device == "cpu" else "cuda"],
         phases=phases,
     )
 
@@ -256,9 +207,11 @@ def head_bytes(head: HeadSettings, labels: int, features: int, *, momentum: bool
 def step_buffers(head: HeadSettings, labels: int, features: int, batch: int, device: str = "cpu") -> int:
     """What `heads.Head.step` allocates at its highest."""
     if head.kind == "fixed_fan_in":
-        return kernels.step_bytes(
+        step = kernels.step_bytes(
             head.backend, device, labels=labels, features=features, fan_in=head.fan_in, group=head.group, batch=batch
         )
+        checked = min(-(-labels // head.group) * head.fan_in, 2**22)  # indices at once, before the first step with them
+        return max(step, 4 * checked)
     reads = head.bottleneck if head.kind == "bottleneck" else features
     chunk = min(max((2**18 if device == "cpu" else 2**24) // batch, 256), 2**16, labels)
     vectors = 2 * _FLOAT * batch * reads * (2 if head.kind == "bottleneck" else 1)  # x and dx, features first; y = P x, dy
@@ -279,17 +232,3 @@ def rewire_buffers(head: HeadSettings, labels: int, features: int, batch: int, m
         choosing = 35 * entries + _FLOAT * rows * features  # random scores
     highest = max(moving, choosing)
     return max(highest, 20 * 2**16) if prune == "global" else highest  # its histogram
-
-
-def random_encoder(config: Any) -> nn.Module:
-    """A Hugging Face encoder with random weights, built as `fanin.encoder` loads it: no pooler, evaluation mode."""
-    loader: Any = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-    try:
-        model = loader.from_config(config, add_pooling_layer=False)
-    except TypeError as error:
-        if "add_pooling_layer" not in str(error):
-            raise
-        model = loader.from_config(config)
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None
-    return model.eval()

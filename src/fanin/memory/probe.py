@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, BertConfig
+from transformers import BertConfig
 
 from fanin.config import Config
-from fanin.encoder import Encoder, load_tokenizer, resolve
+from fanin.encoder import Encoder, load_description, load_tokenizer
 from fanin.memory.peaks import Peaks, current, pin_allocator, release_allocator, trim_allocator
-from fanin.memory.plan import random_encoder
+from fanin.memory.shapes import random_encoder
 from fanin.model import Classifier
 from fanin.trainer import Trainer
 
@@ -64,14 +64,17 @@ def measure(
 
     Keys: memory_plan.PARTS and peak; phase, the one in which the peak came, and phases, the peak of each; saved, the
     encoder's saved tensors (`thorough`; else null, and their part in buffers); reserved (CUDA, else null); allocator, what
-    glibc keeps beyond the peak in a step more (on a CPU, if asked for; else null). Only of use in a fresh process.
+    glibc keeps beyond the peak in a step more (on a CPU, if asked for; else null). With `steps` 0 the baseline alone.
+    Only of use in a fresh process.
     """
     tokenizer = load_tokenizer(config.encoder.name, tokens)  # part of the baseline, as training holds it too
     pinned = device.type == "cpu" and pin_allocator()
     _warm_up(config, device, precision)
     baseline = current(device)
+    if not steps:
+        return {"baseline": baseline}
 
-    shape = AutoConfig.from_pretrained(resolve(config.encoder.name))
+    shape = load_description(config.encoder.name)
     classifier = random_classifier(config, random_encoder(shape), labels, device, precision, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(config, classifier, tokens, steps, Path(folder))

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from fanin.config import Config
 from fanin.devices import choose_device
-from fanin.encoder import choose_precision, load_tokenizer, resolve
+from fanin.encoder import choose_precision, load_description, load_tokenizer
 from fanin.files import InputError, atomic_path, read_json, write_json
 from fanin.memory.jobs import MIB, Job, available, measure_all
-from fanin.memory.plan import PARTS, EncoderShape, head_bytes
+from fanin.memory.plan import PARTS, head_bytes
+from fanin.memory.shapes import EncoderShape
 
 MEASURED_LABELS = 200_000  # sizes of memory.scale_labels above it are predicted only
 RUN_SHARE, SCALE_SHARE = 0.9, 0.5  # of free memory: what a plan may take to be measured
@@ -31,7 +31,7 @@ def record(config: Config, *, tokens_folder: Path = Path("data/tokens"), reports
     description = _description(tokens_folder / "tokens.json")
     load_tokenizer(config.encoder.name, description["max_length"])  # its errors name the setting
     device = choose_device(config.train.device)
-    shape = EncoderShape.of(AutoConfig.from_pretrained(resolve(config.encoder.name)), config.encoder.hidden_dropout)
+    shape = EncoderShape.of(load_description(config.encoder.name), config.encoder.hidden_dropout)
     precision = choose_precision(config.train.precision, device)
 
     def job(settings: Config, labels: int) -> Job:

@@ -1,0 +1,68 @@
+"""Whether a run fits, asked before it starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fanin.config import Config
+from fanin.encoder import choose_precision, load_description
+from fanin.files import InputError
+from fanin.memory import advice
+from fanin.memory.job import MIB, Job, available
+from fanin.memory.plan import Plan
+from fanin.memory.shapes import EncoderShape
+
+# What the first training step loads beside what is imported by then: transformers' model code and torch's optimisers on a
+# CPU (205 MiB measured), the libraries' workspaces on a GPU.
+FIRST_USE = {"cpu": 208 * MIB, "cuda": 64 * MIB}
+
+
+def job_of(config: Config, description: Mapping[str, Any], device: torch.device, ranks: int = 1) -> Job:
+    """This run's training step; `description` is data/tokens/tokens.json. Raises InputError where the encoder is missing."""
+    return Job(
+        config=config,
+        shape=EncoderShape.of(load_description(config.encoder.name), config.encoder.hidden_dropout),
+        labels=description["labels"],
+        tokens=description.get("max_length", config.tokens.max_length),
+        device=device,
+        precision=choose_precision(config.train.precision, device),
+        documents=description.get("documents", {}).get("train", 0),
+        ranks=ranks,
+    )
+
+
+def check(config: Config, description: Mapping[str, Any], device: torch.device, ranks: int = 1) -> Plan:
+    """Plan this run's training step, to be built in this process on `device`, before anything of it is built.
+
+    description: data/tokens/tokens.json. Raises InputError, with the plan's figures and the settings to change, where the
+    step cannot fit into what is free on the GPU, or on a CPU in the system and its control group; says so on stderr where
+    only the allocator's slack would not fit. Returns the plan of what is still to be taken.
+    """
+    job = job_of(config, description, device, ranks)
+    first_use, room = FIRST_USE["cpu" if device.type == "cpu" else "cuda"], available(device)
+    plan = job.plan(first_use)
+    if plan.peak > room:
+        raise InputError(f"train: this run does not fit: {refusal(job, plan, room)}")
+    if plan.need > room:
+        print(f"memory is tight: {refusal(job, plan, room)}", file=sys.stderr)
+    return plan
+
+
+def refusal(job: Job, plan: Plan, room: int) -> str:
+    """One sentence: what the run takes, what there is, and the least harmful settings to change."""
+    head, largest = job.config.head, max(plan.lines().items(), key=lambda line: line[1])
+    said = (
+        f"a training step of the {head.kind} head with {job.labels:,} labels, train.batch {job.config.train.batch} and "
+        f"{job.tokens} tokens takes about {plan.need / MIB:,.0f} MiB (in the {plan.phase} phase; {largest[0]} "
+        f"{largest[1] / MIB:,.0f}), and {room / MIB:,.0f} MiB are free; "
+    )
+    found = advice.cheapest(job, room, plan.baseline)
+    if found:
+        options = "; or ".join(f"{change} ({other.need / MIB:,.0f} MiB)" for change, other in found)
+        return f"{said}it fits with {options}"
+    change, other = advice.least(job, plan.baseline)
+    return f"{said}even {change} takes {other.need / MIB:,.0f} MiB; use a larger device, or fewer labels"
