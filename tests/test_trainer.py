@@ -7,6 +7,7 @@ import gc
 import json
 import shutil
 import signal
+import socket
 import weakref
 
 import pytest
@@ -100,6 +101,20 @@ def test_a_signal_leaves_a_checkpoint_of_that_very_step(folder, forks, number):
         config = copy.deepcopy(config)
         config.train.encoder_lr *= 2
     assert train_in(path, config, name)["resumed_from"] == (step if number == signal.SIGTERM else None)
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_one_is_dead(folder, forks):
+    path, config, _ = folder
+    first = forks.start(path, "twice")
+    first.wait_for_step(7)
+    first.send(signal.SIGSTOP)  # a hanging run holds its folder as well
+    with pytest.raises(InputError, match=rf"another training run \(process {first.pid} on {socket.gethostname()}\)"):
+        train_in(path, config, "twice")
+    assert not (path / "twice/models").exists()
+    first.send(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    assert train_in(path, config, "twice")["resumed_from"] is not None
+    assert_same_run(path, "run", "twice")
 
 
 def test_the_auxiliary_branch_is_freed_at_the_cut_off(folder, monkeypatch):
