@@ -15,7 +15,7 @@ from fanin.config import load_config
 from fanin.devices import choose_device
 from fanin.files import InputError, read_json, write_json
 from fanin.memory import advice, table
-from fanin.memory.fits import FIRST_USE, job_of
+from fanin.memory.fits import CUDA_CONTEXT, FIRST_USE, job_of
 from fanin.memory.job import Job, available
 from fanin.memory.jobs import answer, process_bytes
 
@@ -115,7 +115,10 @@ def _job(options: argparse.Namespace) -> tuple[Job, int]:
     if device.type == "cuda" and not torch.cuda.is_available() and config.train.precision == "auto":
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"))  # as GPUs choose
     job = job_of(config, description, device, options.ranks)
-    return job, process_bytes(job) if device.type == "cpu" else FIRST_USE["cuda"]
+    if device.type == "cpu":
+        return job, process_bytes(job)
+    whole = options.memory is not None or options.target is not None or not torch.cuda.is_available()
+    return job, FIRST_USE["cuda"] + (CUDA_CONTEXT if whole else 0)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from fanin.memory.shapes import EncoderShape
 # What the first training step loads beside what is imported by then: transformers' model code and torch's optimisers on a
 # CPU (205 MiB measured), the libraries' workspaces on a GPU.
 FIRST_USE = {"cpu": 208 * MIB, "cuda": 64 * MIB}
+CUDA_CONTEXT = 512 * MIB
+"""What CUDA itself takes of a device; what a device says is free is counted after it."""
 
 
 def job_of(config: Config, description: Mapping[str, Any], device: torch.device, ranks: int = 1) -> Job:
