@@ -103,6 +103,7 @@ def _job(options: argparse.Namespace) -> tuple[Job, int]:
     """What to plan, and the bytes of a process that has built nothing yet."""
     config = load_config(options.params)
     description: dict[str, Any] = read_json(_TOKENS) if _TOKENS.exists() else {}
+    description["max_length"] = config.tokens.max_length  # params.yaml's, whatever the present tokens were cut to
     if options.labels is not None:
         description |= {"labels": options.labels}
     for name in ("labels", "ranks"):

@@ -41,9 +41,10 @@ class Change:
     def joined(self, other: Change) -> Change:
         return Change(self.settings + other.settings, self.harm + other.harm)
 
-    def clashes(self, other: Change) -> bool:
-        """Whether both change the same setting."""
-        return bool({key for key, _ in self.settings} & {key for key, _ in other.settings})
+    @property
+    def keys(self) -> frozenset[str]:
+        """The settings that it changes."""
+        return frozenset(key for key, _ in self.settings)
 
 
 def changes(config: Config) -> list[Change]:
@@ -87,32 +88,26 @@ def changes(config: Config) -> list[Change]:
 def cheapest(job: Job, room: int, baseline: int, wanted: int = 3) -> list[tuple[Change, Plan]]:
     """The `wanted` least harmful changes, singly or in pairs, with which the run fits into `room`, each with its plan.
 
-    A pair is left out where one of the two is enough. Fewer, or none, where no more fit.
+    Left out: a pair of which one is enough, and more of a change that is enough as it is. Fewer than `wanted`, or none,
+    where no more fit.
     """
-    enough: list[Change] = []
+    single = changes(job.config)
+    pairs = [(one, two) for one, two in combinations(single, 2) if not one.keys & two.keys]
     fitting: list[tuple[Change, Plan]] = []
-    single = [change for change in changes(job.config) if _valid(change.apply(job.config))]
-    for change in single:
+    for parts in [*((one,) for one in single), *sorted(pairs, key=lambda pair: pair[0].harm + pair[1].harm)]:
+        change = parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
+        settled = any(own.keys == one.keys and own.harm >= one.harm for own in (change, *parts) for one, _ in fitting)
+        if settled or not _valid(change.apply(job.config)):
+            continue
         plan = _planned(job, change, baseline)
         if plan.need <= room:
-            enough.append(change)
             fitting.append((change, plan))
-    rest = [change for change in single if change not in enough]
-    for one, two in sorted(combinations(rest, 2), key=lambda pair: pair[0].harm + pair[1].harm):
-        if len(fitting) >= wanted and one.harm + two.harm >= sorted(c.harm for c, _ in fitting)[wanted - 1]:
-            break
-        both = one.joined(two)
-        if one.clashes(two) or not _valid(both.apply(job.config)):
-            continue
-        plan = _planned(job, both, baseline)
-        if plan.need <= room:
-            fitting.append((both, plan))
-    return sorted(fitting, key=lambda pair: pair[0].harm)[:wanted]
+    return sorted(fitting, key=lambda found: found[0].harm)[:wanted]
 
 
 def least(job: Job, baseline: int) -> tuple[Change, Plan]:
     """The pair of changes with the smallest plan: for a run that no change makes fit."""
-    pairs = (one.joined(two) for one, two in combinations(changes(job.config), 2) if not one.clashes(two))
+    pairs = (one.joined(two) for one, two in combinations(changes(job.config), 2) if not one.keys & two.keys)
     found = [(pair, _planned(job, pair, baseline)) for pair in pairs if _valid(pair.apply(job.config))]
     return min(found, key=lambda pair: pair[1].need)
 

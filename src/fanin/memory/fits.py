@@ -13,6 +13,7 @@ from fanin.encoder import choose_precision, load_description
 from fanin.files import InputError
 from fanin.memory import advice
 from fanin.memory.job import MIB, Job, available
+from fanin.memory.peaks import pin_allocator
 from fanin.memory.plan import Plan
 from fanin.memory.shapes import EncoderShape
 
@@ -41,8 +42,9 @@ def check(config: Config, description: Mapping[str, Any], device: torch.device, 
     """Plan this run's training step, to be built in this process on `device`, before anything of it is built.
 
     description: data/tokens/tokens.json. Raises InputError, with the plan's figures and the settings to change, where the
-    step cannot fit into what is free on the GPU, or on a CPU in the system and its control group; says so on stderr where
-    only the allocator's slack would not fit. Returns the plan of what is still to be taken.
+    step cannot fit into what is free on the GPU, or on a CPU in the system and its control group. Where only the
+    allocator's slack would not fit, says so on stderr; on a CPU the allocator then keeps nothing back from now on, which
+    costs some time. Returns the plan of what is still to be taken.
     """
     job = job_of(config, description, device, ranks)
     first_use, room = FIRST_USE["cpu" if device.type == "cpu" else "cuda"], available(device)
@@ -50,7 +52,9 @@ def check(config: Config, description: Mapping[str, Any], device: torch.device, 
     if plan.peak > room:
         raise InputError(f"train: this run does not fit: {refusal(job, plan, room)}")
     if plan.need > room:
-        print(f"memory is tight: {refusal(job, plan, room)}", file=sys.stderr)
+        pinned = device.type == "cpu" and pin_allocator()
+        way = "; until then freed blocks go back to the system at once, which is slower" if pinned else ""
+        print(f"memory is tight: {refusal(job, plan, room)}{way}", file=sys.stderr)
     return plan
 
 
