@@ -440,14 +440,29 @@ def test_running_out_of_memory_says_what_was_planned_and_what_to_change(folder, 
         train_in(path, config, f"memory-{method}")
     text = str(found.value)
     assert text.startswith("training ran out of memory on cpu: ")
-    for part in (
-        r"MiB were resident; the plan for a step is ",
-        " MiB in the ",
-        "activations ",
-        "lower ",
-        "no checkpoint had been",
-    ):
+    for part in ("MiB were resident; planned were ", " MiB, in the ", "process and libraries ", "less is taken with "):
         assert part in text
+    assert "no checkpoint had been written yet" in text
+
+
+def test_a_run_whose_plan_does_not_fit_is_refused(folder, monkeypatch):
+    path, config = folder
+    monkeypatch.setattr("fanin.memory.fits.available", lambda device: 2**20)
+    with pytest.raises(InputError, match=r"this run does not fit: .*train.batch 7"):
+        train_in(path, config, "too large")
+    assert not (path / "too large/models").exists()
+
+
+def test_moments_in_bf16_resume_to_the_same_bits(folder):
+    path, config = folder
+    config = copy.deepcopy(config)
+    config.train.encoder_moments = "bf16"
+    train_in(path, config, "bf16")
+    newest = break_off(path, config, "bf16-again", 12)[-1]
+    kept = load_file(newest / TENSORS)
+    assert {kept[key].dtype for key in kept if "exp_avg" in key} == {torch.bfloat16}
+    assert train_in(path, config, "bf16-again")["resumed_from"] == 10
+    assert_same_run(path, "bf16", "bf16-again")
 
 
 def test_other_errors_pass_as_they_are(folder, monkeypatch):

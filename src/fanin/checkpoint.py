@@ -143,12 +143,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def empty_optimizer_tensors(optimizer: torch.optim.Optimizer, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
-    """Tensors to hold what `optimizer_tensors` gave, on the devices of their parameters."""
+    """Tensors to hold what `optimizer_tensors` gave, where the optimiser keeps them.
+
+    That is with their parameters; but torch's optimisers count steps on the CPU unless they are fused.
+    """
     parameters = _parameters(optimizer)
-    return {
-        key: torch.empty(entry.shape, dtype=entry.dtype, device=parameters[int(key.partition(".")[0])].device)
-        for key, entry in entries.items()
-    }
+    counted = None if optimizer.defaults.get("fused") else "cpu"
+    tensors = {}
+    for key, entry in entries.items():
+        place, _, name = key.partition(".")
+        device = (counted if name == "step" else None) or parameters[int(place)].device
+        tensors[key] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+    return tensors
 
 
 def adopt_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

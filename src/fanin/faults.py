@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from fanin.checkpoint import last_good
-from fanin.config import Config
 from fanin.files import InputError
+from fanin.memory import advice
+from fanin.memory.job import MIB, Job
+from fanin.memory.plan import Plan
 
-_MIB = 2**20
+_LESS = 0.9  # of the plan, which did not fit: what a change must bring to be worth naming
 _CHUNK = 2**22  # entries looked at together
 _LOCK = ".lock"
 
@@ -93,8 +95,8 @@ def finite(tensors: Iterable[Tensor]) -> bool:
 
 
 @contextmanager
-def memory_explained(config: Config, labels: int, device: torch.device, checkpoints: Path) -> Iterator[None]:
-    """Turn running out of memory into an InputError: what was held, what the plan says is large, what to change."""
+def memory_explained(job: Job, plan: Plan, checkpoints: Path) -> Iterator[None]:
+    """Turn running out of memory into an InputError: what was held, what `plan` says is large, what to change."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -103,48 +105,17 @@ def memory_explained(config: Config, labels: int, device: torch.device, checkpoi
         # what torch's allocator on a CPU raises has no class of its own
         if not told and "t allocate memory" not in text and "not enough memory" not in text:
             raise
-        if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory / _MIB
-            held = f"at most {torch.cuda.max_memory_allocated(device) / _MIB:,.0f} of {total:,.0f} MiB were allocated"
+        if job.device.type == "cuda":
+            total = torch.cuda.get_device_properties(job.device).total_memory / MIB
+            held = f"at most {torch.cuda.max_memory_allocated(job.device) / MIB:,.0f} of {total:,.0f} MiB were allocated"
         else:
-            held = f"{psutil.Process().memory_info().rss / _MIB:,.0f} MiB were resident"
-        planned, advice = _planned(config, labels, device)
+            held = f"{psutil.Process().memory_info().rss / MIB:,.0f} MiB were resident"
+        sizes = sorted(((size, part) for part, size in plan.lines().items() if size >= MIB), reverse=True)
+        largest = ", ".join(f"{part} {size / MIB:,.0f}" for size, part in sizes[:4])
+        enough = plan.baseline + int(_LESS * (plan.need - plan.baseline))
+        found = advice.cheapest(job, enough, plan.baseline)
+        options = "; or ".join(f"{change} ({other.need / MIB:,.0f} MiB)" for change, other in found)
         raise InputError(
-            f"training ran out of memory on {device}: {held}; {planned}{advice}; {last_good(checkpoints)} ({text[:300]})"
+            f"training ran out of memory on {job.device}: {held}; planned were {plan.need / MIB:,.0f} MiB, in the {plan.phase} "
+            f"phase ({largest}); less is taken with {options or 'fewer labels only'}; {last_good(checkpoints)} ({text[:300]})"
         ) from error
-
-
-_ADVICE = {
-    "activations": "lower train.batch (and raise train.accumulation as much) or tokens.max_length",
-    "buffers": "lower train.batch (and raise train.accumulation as much)",
-    "head_weights": "lower head.fan_in or set head.dtype to bf16",
-    "indices": "lower head.fan_in or raise head.group",
-    "head_optimizer": "set train.momentum to 0 or head.dtype to bf16",
-    "encoder": "choose a smaller encoder.name",
-    "encoder_optimizer": "choose a smaller encoder.name",
-}
-
-
-def _planned(config: Config, labels: int, device: torch.device) -> tuple[str, str]:
-    """The plan's largest parts in words, and what would make the two largest smaller."""
-    from transformers import AutoConfig
-
-    from fanin.encoder import choose_precision, resolve
-    from fanin.memory.plan import EncoderShape, predict
-
-    try:
-        plan = predict(
-            config,
-            EncoderShape.of(AutoConfig.from_pretrained(resolve(config.encoder.name)), config.encoder.hidden_dropout),
-            labels,
-            batch=config.train.batch,
-            tokens=config.tokens.max_length,
-            device=device.type,
-            precision=choose_precision(config.train.precision, device),
-        )
-    except (InputError, OSError):  # an encoder that cannot be planned
-        return "", _ADVICE["activations"]
-    parts = sorted(((size, name) for name, size in plan.parts().items() if size and name in _ADVICE), reverse=True)
-    sizes = ", ".join(f"{name.replace('_', ' ')} {size / _MIB:,.0f}" for size, name in parts)
-    changes = dict.fromkeys(_ADVICE[name] for _, name in parts[:2])
-    return f"the plan for a step is {plan.peak / _MIB:,.0f} MiB in the {plan.phase} phase ({sizes}); ", ", and ".join(changes)

@@ -115,7 +115,7 @@ class Trainer:
         ]
         if self.auxiliary is not None:
             groups.append((self.auxiliary, self.settings.meta_lr))  # last, so that dropping it moves no other group
-        return adamw(groups, self.settings.encoder_weight_decay)
+        return adamw(groups, self.settings.encoder_weight_decay, self.settings.encoder_moments, self.config.seed)
 
     # the loop -----------------------------------------------------------------------------------------------------
 

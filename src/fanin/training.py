@@ -8,6 +8,7 @@ import hashlib
 import json
 import resource
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fanin.encoder import choose_precision
 from fanin.faults import memory_explained, sole_run
 from fanin.files import InputError, atomic_path, read_json, sha256, write_json
 from fanin.heads import FixedFanIn
+from fanin.memory.fits import check, job_of
 from fanin.model import Classifier
 from fanin.trainer import Log, Trainer
 
@@ -50,11 +52,14 @@ def train(
     """Train as `config` says; leaves the model folder, train.json and the curves. Returns train.json's content.
 
     The checkpoints are removed when all that is on disk. Raises InputError for inputs that are missing or do not fit the
-    settings, where another run uses `checkpoints`, and where memory runs out.
+    settings, where another run uses `checkpoints`, where the run's plan does not fit, and where memory runs out.
     """
     description = read_json(tokens_folder / "tokens.json")
     device = choose_device(config.train.device)
-    with sole_run(checkpoints), memory_explained(config, description["labels"], device, checkpoints):
+    with ExitStack() as stack:
+        stack.enter_context(sole_run(checkpoints))
+        plan = check(config, description, device)
+        stack.enter_context(memory_explained(job_of(config, description, device), plan, checkpoints))
         tokens = TokenSet.open(tokens_folder / "train.arrow")
         true_documents = len(tokens) - description["label_documents"]  # label documents follow the true ones: never held out
         train_rows, validation_rows = split(true_documents, config.train.validation_documents, config.seed)
