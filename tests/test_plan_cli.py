@@ -62,7 +62,8 @@ def test_the_table_shows_every_part_the_phase_and_the_verdict() -> None:
         assert (f"  {name}  " in shown) == (size > 0), name
     assert f"{plan.need / MIB:,.1f} MiB, in the {plan.phase} phase" in shown
     assert " fits into " in shown
-    assert "does not fit into" in table.table(plan, plan.need - 1)
+    assert "fits tightly, without slack, into" in table.table(plan, plan.need - 1)
+    assert "does not fit into" in table.table(plan, plan.peak - 1)
     assert "fixed_fan_in head (K = 64, G = 1, fp32), 670,091 labels, 768 features" in table.title(own)
 
 

@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         "plan",
         help="predict a training step's memory from params.yaml",
         description="Predict the memory of the training step that params.yaml describes, part by part; whether it fits; and, "
-        "where it does not, the three least harmful changes that make it fit. Exit code 1 where it does not fit.",
+        "where it does not, the three least harmful changes that make it fit. Exit code 1 where it does not fit even without "
+        "the allocator's slack.",
     )
     plan.add_argument("--memory", type=size, metavar="24GiB", help="the device's memory (default: what is free here)")
     plan.add_argument("--for", type=size, metavar="24GiB", dest="target", help="the largest fan-in that fits into so much")
@@ -78,7 +79,7 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         print("no change, alone or with another, makes it fit; the smallest pair:")
         print(table.options([advice.least(job, baseline)]))
-    return 1
+    return int(plan.peak > room)
 
 
 def _largest(job: Job, room: int, baseline: int) -> int:

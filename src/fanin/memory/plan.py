@@ -24,6 +24,7 @@ _FLOAT = 4  # weights, gradients, and what is not said to be stored in less
 # Of what comes and goes within a step, the share that the allocator keeps beyond it. A CPU: glibc keeps freed blocks below
 # 32 MiB (measured: the `allocator` of memory records); CUDA: what the caching allocator loses to blocks that do not fit.
 _SLACK = {"cpu": 0.3, "cuda": 0.1}
+_KEPT_LAYERS = 3  # with checkpointing a CPU keeps about so many layers' activations, whatever else comes and goes
 _LOADER = 52  # bytes a document: lengths, rows, an epoch's order and, for an instant, its sorting
 
 
@@ -48,7 +49,7 @@ class Plan:
     biases (and the bottleneck's projection); other: the auxiliary branch with its moments, and the label order of groups;
     loader: the order of the documents and a batch.
     baseline: the process (or on CUDA the libraries' workspaces) before anything is built, as measured; 0 where unknown.
-    slack_share: of a phase's coming and going, what the allocator keeps.
+    slack_share: of a phase's coming and going, what the allocator keeps; least_slack: what it keeps in any case.
     """
 
     baseline: int
@@ -60,6 +61,7 @@ class Plan:
     other: int
     loader: int = 0
     slack_share: float = 0.0
+    least_slack: int = 0
     phases: dict[str, Phase] = field(default_factory=dict)
 
     @property
@@ -81,7 +83,7 @@ class Plan:
     @property
     def slack(self) -> int:
         """What the allocator is expected to keep beyond the peak."""
-        return int(self.slack_share * self.phases[self.phase].total)
+        return max(int(self.slack_share * self.phases[self.phase].total), self.least_slack)
 
     @property
     def need(self) -> int:
@@ -181,6 +183,7 @@ def predict(
         other=(_FLOAT + 2 * moments) * meta * (width + 1) + labels * ((8 if meta else 0) + order),
         loader=_LOADER * documents if device == "cpu" else 0,
         slack_share=_SLACK["cpu" if device == "cpu" else "cuda"],
+        least_slack=_KEPT_LAYERS * encoder.layer(batch, tokens, device, precision) if checkpointing and device == "cpu" else 0,
         phases=phases,
     )
 

@@ -31,7 +31,7 @@ def table(plan: Plan, room: int | None) -> str:
     others = ", ".join(f"{name} {(plan.resident + phase.total) / MIB:,.0f}" for name, phase in plan.phases.items())
     lines.append(f"  without slack, by phase: {others} MiB")
     if room is not None:
-        verdict = "fits" if plan.need <= room else "does not fit"
+        verdict = "fits" if plan.need <= room else "fits tightly, without slack," if plan.peak <= room else "does not fit"
         lines.append(f"  {verdict} into {room / MIB:,.0f} MiB ({(room - plan.need) / MIB:+,.0f})")
     return "\n".join(lines)
 
