@@ -83,6 +83,7 @@ CPU_CASES = {
     "sparse-670k-bf16-moments": changed(sparse(AMAZON_670K), train__encoder_moments="bf16", encoder__checkpointing=True),
     "sparse-670k-accumulation": changed(sparse(AMAZON_670K, shape={"batch": 16}), train__accumulation=4),
     "sparse-3m": sparse(AMAZON_3M),
+    "sparse-3m-no-dropout": changed(sparse(AMAZON_3M), encoder__hidden_dropout=0.0),  # as presets/wordnet.yaml has it
     "sparse-3m-groups-bf16": sparse(AMAZON_3M, group=64, dtype="bf16"),
     "sparse-3m-fp8": changed(sparse(AMAZON_3M, dtype="fp8"), train__momentum=0.0),
     "bottleneck-3m": rival("bottleneck", AMAZON_3M),
