@@ -155,6 +155,8 @@ class Fork:
 def serve() -> None:
     """Fork a run for each line of stdin; print its process id, then how it ended."""
     torch.set_num_threads(1)
+    import pandas  # noqa: F401 (pyarrow imports it at its first use: once here, not in every child)
+
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
