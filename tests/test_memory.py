@@ -287,6 +287,14 @@ def test_momentum_and_half_precision_are_seen() -> None:
     assert cuda.head_weights == plan(settings()).head_weights
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
+def test_a_random_classifier_holds_small_finite_weights_in_every_type(dtype: str) -> None:
+    classifier = probe.random_classifier(settings(head={"dtype": dtype}), random_encoder(bert()), 70_000, CPU, FP32)
+    weight = classifier.head.weight.float()  # type: ignore[operator, union-attr]
+    assert weight.abs().max() < 0.11
+    assert weight.std() > 0.05
+
+
 def test_random_indices_are_distinct_and_ascending() -> None:
     for fan_in, width in ((8, 32), (32, 32), (7, 100)):
         index = torch.empty(500, fan_in, dtype=torch.uint8)

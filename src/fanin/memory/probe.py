@@ -128,7 +128,7 @@ def random_classifier(
         if name == "index":
             _spread(buffer, head.width)
         else:
-            buffer.fill_(-1.0) if name == "bias" else buffer.uniform_(-0.1, 0.1)
+            buffer.fill_(-1.0) if name == "bias" else _scatter(buffer)
     return classifier.to(device)
 
 
@@ -149,6 +149,13 @@ def saved_bytes(classifier: Classifier, trainer: Trainer) -> int:
         features = classifier.features(batch.ids, batch.mask)
     del features
     return sum(sizes.values())
+
+
+def _scatter(weight: Tensor) -> None:
+    """Fill `weight` with random numbers, in chunks and by way of float32: float8 has no generator of its own."""
+    for start in range(0, len(weight), 2**16):
+        part = weight[start : start + 2**16]
+        part.copy_(torch.empty(part.shape, device=part.device).uniform_(-0.1, 0.1))
 
 
 def _spread(index: Tensor, width: int) -> None:
