@@ -393,28 +393,24 @@ def test_a_half_written_checkpoint_is_not_taken_up(folder, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_kill_9_at_twenty_random_moments(folder, forks):
-    """Anywhere from the first import to the model's last file; every run is killed once or more and ends like the unbroken."""
-    path, _ = folder
+    """Within or after twenty different steps: in a checkpoint's writing, a rewiring, validation, whatever is going on then."""
+    path, config = folder
     rng = random.Random(5)
-    began = time.monotonic()
-    forks.start(path, "timed").wait()
-    length = time.monotonic() - began
-    steps = []
-    for number in range(20):
-        name = f"random-{number}"
+    resumed = []
+    for step in rng.sample(range(40), 20):
+        name = f"random-{step}"
         while True:
             fork = forks.start(path, name)
-            time.sleep(rng.uniform(0, length))
+            fork.wait_for_step(step)
+            time.sleep(rng.uniform(0, 0.05))
             with suppress(ProcessLookupError):  # it was quicker; once more
                 fork.send(signal.SIGKILL)
             if fork.wait() == -signal.SIGKILL:
                 break
-        found = list_checkpoints(path / name / "checkpoints")
-        steps.append(int(found[-1].name[-9:]) if found else 0)
-        resumed = forks.start(path, name)
-        assert resumed.wait() == 0, resumed.errors
+        resumed.append(train_in(path, config, name)["resumed_from"])
         assert_same_run(path, "run", name)
-    assert len(set(steps)) > 3, f"the moments were not spread over the run: {steps}"
+    assert len(resumed) == 20
+    assert len(set(resumed)) > 3, f"the moments were not spread over the run: {resumed}"
 
 
 # memory, time, tracking -------------------------------------------------------------------------------------------------

@@ -133,10 +133,12 @@ class Fork:
         self.forks, self.out, self.pid = forks, out, pid
 
     def wait_for_step(self, step: int) -> None:
-        until = time.monotonic() + 120
-        while not (done := (self.out / "steps").read_text().splitlines() if (self.out / "steps").exists() else []) or (
-            int(done[-1]) < step
-        ):
+        """Until step `step` has been logged; 0: until the run is about to begin."""
+        until, steps = time.monotonic() + 120, self.out / "steps"
+        while True:
+            lines = steps.read_text().splitlines() if steps.exists() else []
+            if lines and int(lines[-1]) >= step:
+                return
             assert time.monotonic() < until, self.errors
             time.sleep(0.002)
 
@@ -170,6 +172,7 @@ def _be_a_run(folder: Path, name: str) -> None:
     code = 1
     with open(folder / name / "steps", "w", buffering=1) as steps, open(folder / name / "errors", "w", buffering=1) as errors:
         os.dup2(errors.fileno(), 2)
+        print(0, file=steps)
         try:
             train_in(folder, small_config(folder / "encoder"), name, lambda metrics, step: print(step, file=steps))
             code = 0
