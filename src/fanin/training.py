@@ -71,7 +71,8 @@ def train(
         classifier.precision = choose_precision(config.train.precision, device)
         classifier.to(device)
         use_before = _feature_use(classifier)
-        index_before = classifier.head.index.cpu().clone() if isinstance(classifier.head, FixedFanIn) else None
+        rewired = config.rewiring.method != "none"  # where not, no copy of the index is kept
+        index_before = classifier.head.index.cpu().clone() if rewired and isinstance(classifier.head, FixedFanIn) else None
 
         trainer = Trainer(
             config,
@@ -152,8 +153,10 @@ def _feature_use(classifier: Classifier) -> list[int] | None:
 
 def _moved(classifier: Classifier, before: torch.Tensor | None) -> float | None:
     """The share of index entries that read a feature which their row did not read at the start."""
-    if before is None or not isinstance(classifier.head, FixedFanIn):
+    if not isinstance(classifier.head, FixedFanIn):
         return None
+    if before is None:  # never rewired
+        return 0.0
     new, rows = 0, 4096
     after = classifier.head.index.cpu()
     for first in range(0, len(before), rows):

@@ -164,6 +164,7 @@ class Backend(ABC):
     def topk(self, x: Tensor, layer: Layer, k: int) -> tuple[Tensor, Tensor]:
         """x [B, D] -> (scores [B, k], labels [B, k] int64), highest first, exact; 1 <= k <= L."""
 
+    @abstractmethod
     def candidates(self, x: Tensor, layer: Layer, labels: Tensor, documents: Tensor, count: int, loss: str = "bce") -> Tensor:
         """What RigL may regrow: for each index row the `count` features with the largest dense gradient that it does not read.
 
@@ -171,9 +172,6 @@ class Backend(ABC):
         by the norm over its labels. In chunks of rows with a running best over the features, and only when one rewires.
         Source: Evci et al., ICML 2020.
         """
-        from fanin.kernels.reference import candidates
-
-        return candidates(self, x, layer, labels, documents, count, loss)
 
 
 # Storage ------------------------------------------------------------------------------------------------------------

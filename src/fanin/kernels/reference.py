@@ -103,6 +103,9 @@ class Reference(Backend):
                 weight[place] = self.weight_gradient(xt, gt, part.index, part.group).to(weight.dtype)
         return (None if dxt is None else dxt.t().contiguous().to(x.dtype)), weight
 
+    def candidates(self, x: Tensor, layer: Layer, labels: Tensor, documents: Tensor, count: int, loss: str = "bce") -> Tensor:
+        return candidates(self, x, layer, labels, documents, count, loss)
+
     def topk(self, x: Tensor, layer: Layer, k: int) -> tuple[Tensor, Tensor]:
         scores = x.new_empty(len(x), 0)
         labels = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
