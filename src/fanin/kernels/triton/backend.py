@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fanin.kernels.checks import check_layer, check_loss, check_positives
 from fanin.kernels.layer import LOSSES, Backend, Layer, Unavailable, Update
+from fanin.kernels.reference import candidates
 from fanin.kernels.triton import configs
 from fanin.kernels.triton.job import InputGradient, Job, raw, seeds
 from fanin.kernels.triton.order import Orders
@@ -69,7 +70,7 @@ class Triton(Backend):
         if self.deterministic if layer.group == 1 else not plan.fused:
             g = job.empty(min(chunk, layer.labels))
         if self.deterministic and layer.group == 1:
-            old = torch.empty_like(raw(layer.weight)[:chunk])
+            old = torch.empty_like(layer.weight[:chunk])
         for part in layer.parts(chunk):
             offset = part.first - layer.first
             tile = plan.tiles(offset)
@@ -131,7 +132,7 @@ class Triton(Backend):
             elif out is not None or (dx is not None and dx.atomic is not None):
                 self._run_single(job, part, "BACKWARD", dxt=None if dx is None else dx.atomic, g=turned, out=out)
             if dx is not None:
-                dx.add(part, turned, raw(part.weight) if layer.group == 1 else None)
+                dx.add(part, turned, part.weight if layer.group == 1 else None)
             if weight is not None and out is not None and not direct:
                 weight[place] = out
         return None if dx is None else dx.total(), weight
@@ -159,7 +160,7 @@ class Triton(Backend):
             logits = torch.empty(*chosen.shape, tile, device=x.device)
             block_l, block_k, warps = configs.PICK
             self._launch(
-                self._pick, chosen.shape, rows, raw(part.weight), part.index, part.bias, chosen, logits,
+                self._pick, chosen.shape, rows, part.weight, part.index, part.bias, chosen, logits,
                 x.shape[1], part.labels, part.group, tile, part.fan_in, chosen.shape[1],
                 BLOCK_L=block_l, BLOCK_K=min(block_k, job.plan.config.block_k), num_warps=warps,
             )  # fmt: skip
@@ -169,6 +170,10 @@ class Triton(Backend):
             scores, keep = scores.topk(min(k, scores.shape[1]), dim=1)
             found = found.gather(1, keep)
         return scores.to(x.dtype), found
+
+    def candidates(self, x: Tensor, layer: Layer, labels: Tensor, documents: Tensor, count: int, loss: str = "bce") -> Tensor:
+        """As Backend.candidates: logits from the kernels, the dense gradient of a chunk of rows by torch's own products."""
+        return candidates(self, x, layer, labels, documents, count, loss)
 
     # Launches -------------------------------------------------------------------------------------------------------
 
@@ -189,8 +194,8 @@ class Triton(Backend):
         state = part if mode == "STEP" else Layer(part.weight, part.index)
         self._launch(
             self._single, (-(-part.labels // block_l), columns),
-            job.xt, raw(part.weight), part.index, part.bias, raw(state.momentum), state.bias_momentum,
-            raw(state.compensation), labels, documents, ranges, g, old, dxt, out, losses, *_numbers(update),
+            job.xt, part.weight, part.index, part.bias, state.momentum, state.bias_momentum,
+            state.compensation, labels, documents, ranges, g, old, dxt, out, losses, *_numbers(update),
             part.first, offset, part.labels, part.fan_in, plan.batch, plan.stride, tiles,
             MODE=getattr(modes, mode).value, LOSS=loss, ATOMIC=dxt is not None,
             BLOCK_L=block_l, BLOCK_K=config.block_k, BLOCK_B=config.block_b, num_warps=config.warps,
@@ -209,8 +214,8 @@ class Triton(Backend):
         state = part if mode == "STEP" else Layer(part.weight, part.index)
         self._launch(
             self._grouped, (tiles or plan.tiles(part.labels), plan.columns),
-            job.xt, raw(part.weight), part.index, part.bias, raw(state.momentum), state.bias_momentum,
-            raw(state.compensation), labels, documents, ranges, g, None if dx is None else dx.rows, atomic, out, losses,
+            job.xt, part.weight, part.index, part.bias, state.momentum, state.bias_momentum,
+            state.compensation, labels, documents, ranges, g, None if dx is None else dx.rows, atomic, out, losses,
             *_numbers(update),
             part.first, offset, part.labels, part.group, part.fan_in, plan.batch, plan.stride, tiles,
             MODE=getattr(modes, mode).value, LOSS=loss, ATOMIC=atomic is not None, TILES=plan.tiles_per_group,
@@ -226,8 +231,8 @@ class Triton(Backend):
         state = Layer(part.weight, part.index) if update is None else part
         self._launch(
             self._grouped_backward, (plan.tiles(part.labels), -(-part.fan_in // config.block_k)),
-            job.xt, raw(part.weight), part.index, state.bias, raw(state.momentum), state.bias_momentum,
-            raw(state.compensation), g, None if dx is None else dx.rows, atomic, out, *_numbers(update),
+            job.xt, part.weight, part.index, state.bias, state.momentum, state.bias_momentum,
+            state.compensation, g, None if dx is None else dx.rows, atomic, out, *_numbers(update),
             part.first, part.labels, part.group, part.fan_in, plan.batch, plan.stride,
             ATOMIC=atomic is not None, UPDATE=update is not None, TILES=plan.tiles_per_group,
             BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b, **_options(config),
@@ -235,6 +240,7 @@ class Triton(Backend):
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         device = args[0].device
+        args = tuple(raw(value, self._interpreted) if isinstance(value, Tensor) else value for value in args)
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             kernel[tuple(grid)](*args, **options)
 

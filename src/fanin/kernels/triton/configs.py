@@ -54,7 +54,7 @@ class Reduce:
 
 def single(fan_in: int, batch: int) -> Single:
     """2,048 gathered features a warp are 64 registers a thread, and leave room for twelve warps a multiprocessor."""
-    block_k = power_of_two(fan_in, 2)
+    block_k = power_of_two(fan_in, 8)
     block_b = min(power_of_two(batch, 16), 64 if block_k <= 128 else 32)
     return Single(16, block_k, block_b, min(max(block_k * block_b // 2048, 1), 8))
 

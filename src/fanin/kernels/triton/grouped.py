@@ -7,7 +7,7 @@ Within a group the features gathered for one label serve all: a tile is a small 
 import triton
 import triton.language as tl
 
-from fanin.kernels.triton.storage import operand, place_of, product, rounded
+from fanin.kernels.triton.storage import decode, operand, place_of, product, rounded
 from fanin.kernels.triton.update import LOGITS, MAXIMA, SLOPES, is_positive, loss_of, slope, update_bias, update_weights
 
 
@@ -16,7 +16,7 @@ def _gather(xt, weight, index, row, begin, m, in_tile, k, columns, fan_in, strid
     """One block of a tile's fan-in, one of documents: which entries k there are, their features, rows of xt, and weights."""
     in_row = k < fan_in
     feature = tl.load(index + place_of(row, fan_in) + k, mask=in_row, other=0)
-    x = tl.load(xt + place_of(feature, stride)[:, None] + columns[None, :], mask=in_row[:, None], other=0.0)
+    x = tl.load(xt + place_of(feature, stride)[:, None] + columns[None, :], mask=in_row[:, None], other=0)
     mask = in_tile[:, None] & in_row[None, :]
     w = tl.load(weight + place_of(begin, fan_in) + (m[:, None] * fan_in + k[None, :]), mask=mask, other=0)
     return in_row, feature, x, operand(w)
@@ -96,7 +96,7 @@ def grouped(
             _, _, x, w = _gather(xt, weight, index, row, begin, m, in_tile, kk, columns, fan_in, stride)
             z = product(w, x, z)
         if bias is not None:
-            z += tl.load(bias + begin + m, mask=in_tile, other=0.0)[:, None]
+            z += tl.load(bias + begin + m, mask=in_tile, other=0)[:, None]
         if MODE == MAXIMA:
             highest = tl.maximum(highest, tl.max(tl.where(in_tile[:, None], z, float("-inf")), 0))
         elif MODE == LOGITS:
@@ -182,14 +182,14 @@ def grouped_backward(
     while column < batch:
         columns = column + tl.arange(0, BLOCK_B)
         here = place_of(begin, stride) + (m[:, None] * stride + columns[None, :])
-        slopes = tl.load(g + here, mask=in_tile[:, None], other=0.0)
+        slopes = tl.load(g + here, mask=in_tile[:, None], other=0)
         in_row, feature, x, w = _gather(xt, weight, index, row, begin, m, in_tile, k, columns, fan_in, stride)
         if ATOMIC or dx_rows is not None:
             _add_dx(w, slopes, feature, in_row, dx_rows, dxt, tile, k, columns, fan_in, batch, stride, ATOMIC)
         if UPDATE or out is not None:
             dw = product(slopes, tl.trans(x), dw)
         if UPDATE and bias is not None:
-            db += tl.sum(slopes.to(tl.float32), 1)
+            db += tl.sum(decode(slopes), 1)
         column += BLOCK_B
     offset = m[:, None] * fan_in + k[None, :]
     mask = in_tile[:, None] & (k < fan_in)[None, :]

@@ -13,12 +13,12 @@ from fanin.kernels.triton import configs
 from fanin.kernels.triton.order import Order
 from fanin.kernels.triton.plan import Plan
 
-_VIEWS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
 
-
-def raw(stored: Tensor | None) -> Any:
-    """The view of a stored tensor that the kernels decode: bfloat16 as int16, float8_e4m3fn as uint8."""
-    return stored if stored is None or stored.dtype not in _VIEWS else stored.view(_VIEWS[stored.dtype])
+def raw(stored: Tensor, interpreted: bool) -> Tensor:
+    """The view of a stored tensor that the kernels take: float8_e4m3fn as uint8, in the interpreter bfloat16 as int16."""
+    if stored.dtype == torch.float8_e4m3fn:
+        return stored.view(torch.uint8)
+    return stored.view(torch.int16) if interpreted and stored.dtype == torch.bfloat16 else stored
 
 
 def seeds(seed: int) -> tuple[int, ...]:

@@ -54,8 +54,8 @@ def reduce(
                     w = decode(tl.load(weight + place_of(block, entries) + place, mask=mask, other=0))
                     first = source + place_of(block * (entries // fan_in), stride)
                     row = place_of(place // fan_in, stride)
-                    rows = tl.load(first + row[:, :, None] + columns[None, None, :], mask=mask[:, :, None], other=0.0)
-                    total += w[:, :, None] * rows.to(tl.float32)
+                    rows = tl.load(first + row[:, :, None] + columns[None, None, :], mask=mask[:, :, None], other=0)
+                    total += w[:, :, None] * decode(rows)
                 else:
                     first = source + place_of(block * entries * TILES, stride)
                     for tile in tl.static_range(TILES):
@@ -63,8 +63,8 @@ def reduce(
                         if TILES > 1:
                             row = (place // fan_in * TILES + tile) * fan_in + place % fan_in
                         row = place_of(row, stride)
-                        rows = tl.load(first + row[:, :, None] + columns[None, None, :], mask=mask[:, :, None], other=0.0)
-                        total += rows.to(tl.float32)
+                        rows = tl.load(first + row[:, :, None] + columns[None, None, :], mask=mask[:, :, None], other=0)
+                        total += decode(rows)
                 done += BLOCK_E
             block += slices
         first_feature = tl.program_id(0).to(tl.int64) * features + begin

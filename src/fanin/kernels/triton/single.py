@@ -94,10 +94,10 @@ def single(
         while column < column_end:
             columns = column + tl.arange(0, BLOCK_B)
             # pads of a row read feature 0 with weight 0
-            x = tl.load(xt + place_of(feature, stride)[:, None] + columns[None, :]).to(tl.float32)
+            x = decode(tl.load(xt + place_of(feature, stride)[:, None] + columns[None, :]))
             here = place_of(label, stride) + columns
             if MODE == BACKWARD:
-                slopes = tl.load(g + here).to(tl.float32)
+                slopes = decode(tl.load(g + here))
             else:
                 z = tl.sum(w[:, None] * x, 0) + c
                 if MODE == LOGITS:

@@ -1,13 +1,12 @@
 """Device functions for numbers in memory: decoding, rounding and encoding them, random bits, 64-bit addresses.
 
-bfloat16 comes as int16 and float8_e4m3fn as uint8 (views of the same bytes) and is converted in integer arithmetic: that is
-right in Triton's interpreter, whose own conversions truncate, and on sm_80, which has no instruction for float8.
+float8_e4m3fn comes as uint8 (a view of the same bytes) and is converted in integer arithmetic, which sm_80 can do as well.
+In Triton's interpreter, which truncates to bfloat16 and cannot compute with it, bfloat16 comes as int16 in the same way.
 """
 
 import triton
 import triton.language as tl
 
-# The interpreter has no bfloat16 arithmetic: there the same values are kept in float32.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -23,7 +22,7 @@ def place_of(row, width):
 
 @triton.jit
 def decode(raw):
-    """Stored numbers (float32, bfloat16, int16: the bits of a bfloat16, uint8: of a float8_e4m3fn) in float32."""
+    """Stored numbers in float32."""
     if raw.dtype == tl.int16:
         return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     elif raw.dtype == tl.uint8:
@@ -43,8 +42,8 @@ def operand(raw):
         return raw
     elif INTERPRETED:
         return decode(raw)
-    elif raw.dtype == tl.int16:
-        return raw.to(tl.bfloat16, bitcast=True)
+    elif raw.dtype == tl.bfloat16:
+        return raw
     else:
         return decode(raw).to(tl.bfloat16)
 
@@ -57,7 +56,7 @@ def product(a, b, total):
     product keeps 11 bits), on tensor cores, which "ieee" would leave for plain multiply-adds.
     """
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+        return tl.dot(decode(a), decode(b), total)
     else:
         return tl.dot(a, b, total, input_precision="tf32x3")
 
@@ -68,7 +67,7 @@ def rounded(value, like):
     if like.dtype.element_ty == tl.float32:
         return value
     elif INTERPRETED:
-        return nearest_bfloat16(value).to(tl.bfloat16, bitcast=True)
+        return nearest_bfloat16(value)
     else:
         return value.to(tl.bfloat16)
 
@@ -99,20 +98,20 @@ def random_bits(begin, offset, seed):
 
 @triton.jit
 def encode(value, bits, like, STOCHASTIC: tl.constexpr):
-    """float32 `value` as what `like` points to stores it: float32, int16 (a bfloat16's bits) or uint8 (a float8's).
+    """float32 `value` as what `like` points to stores it.
 
     Below float32 rounded by random `bits` (uint32), or to nearest if not STOCHASTIC: the very bits of layer.store.
     """
     if like.dtype.element_ty == tl.float32:
         return value
-    elif like.dtype.element_ty == tl.int16:
-        if STOCHASTIC:
-            raw = value.to(tl.int32, bitcast=True) + (bits & 0xFFFF).to(tl.int32)
-            return (raw >> 16).to(tl.int16)
-        else:
-            return nearest_bfloat16(value)
-    else:
+    elif like.dtype.element_ty == tl.uint8:
         return _float8(value, bits, STOCHASTIC)
+    else:
+        if STOCHASTIC:
+            high = ((value.to(tl.int32, bitcast=True) + (bits & 0xFFFF).to(tl.int32)) >> 16).to(tl.int16)
+        else:
+            high = nearest_bfloat16(value)
+        return high.to(like.dtype.element_ty, bitcast=True)
 
 
 @triton.jit

@@ -39,8 +39,8 @@ def pick(
             mask = inside[:, None] & (k < fan_in)[None, :]
             feature = tl.load(index + place_of(label // group, fan_in)[:, None] + k[None, :], mask=mask, other=0)
             w = decode(tl.load(weight + place_of(label, fan_in)[:, None] + k[None, :], mask=mask, other=0))
-            value = tl.load(x + place_of(document, features) + feature.to(tl.int64), mask=mask, other=0.0)
-            z += tl.sum(w * value.to(tl.float32), 1)
+            value = tl.load(x + place_of(document, features) + feature.to(tl.int64), mask=mask, other=0)
+            z += tl.sum(w * decode(value), 1)
             begin += BLOCK_K
         if bias is not None:
             z += tl.load(bias + label, mask=inside, other=0.0)

@@ -1,0 +1,73 @@
+"""The Triton kernels compiled ahead of time for GPUs that are not here, against the table in the repository."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("what the interpreter is given cannot be compiled", allow_module_level=True)
+
+from fanin.kernels.triton import aot, configs
+
+GROUPS = (2, 3, 8, 16, 32, 64, 128, 200)
+FAN_INS = (1, 3, 8, 17, 32, 60, 64, 100, 128, 256, 512)
+BATCHES = (1, 5, 16, 17, 64, 130, 512)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return aot.compile_all()
+
+
+@pytest.mark.timeout(900)
+def test_no_kernel_asks_too_much(rows):
+    assert len(rows) > 150
+    assert aot.faults(rows) == []
+
+
+def test_the_table_is_current(rows):
+    assert aot.differences(rows, json.loads(aot.TABLE.read_text())) == [], (
+        "python -m fanin.kernels.triton.aot --write renews it"
+    )
+
+
+def test_large_groups_use_the_tensor_cores_of_their_gpu(rows):
+    steps = [row for row in rows if row["kernel"].startswith(("grouped STEP bfloat16", "grouped STEP float8"))]
+    for capability, instruction in aot.TENSOR_CORES.items():
+        found = [row for row in steps if row["capability"] == capability and "G=64 K=128 B=128" in row["kernel"]]
+        assert len(found) >= 5
+        assert all(instruction in row["tensor_cores"] for row in found)
+
+
+def test_every_configuration_is_compiled():
+    """Blocks, warps and registers that some shape would choose, but that no kernel was compiled with, would ship unproved."""
+    compiled = set()
+    for launch in aot.shipped():
+        constants, options, types = dict(launch.constants), dict(launch.options), dict(launch.signature)
+        if launch.kernel in ("single", "grouped"):
+            wide, registers = types["xt"] == "*fp32", options.get("maxnreg")
+            blocks = (constants.get("BLOCK_M"), constants["BLOCK_K"], constants["BLOCK_B"])
+            compiled.add((launch.capability, wide, *blocks, options["num_warps"], registers))
+    for capability, fan_in, batch, wide in itertools.product(aot.CAPABILITIES, FAN_INS, BATCHES, (False, True)):
+        config = configs.single(fan_in, batch)
+        assert (capability, wide, None, config.block_k, config.block_b, config.warps, None) in compiled, config
+        for group in GROUPS:
+            shape = dataclasses.astuple(configs.grouped(fan_in, group, batch, wide, capability))
+            assert (capability, wide, *shape) in compiled, shape
+
+
+def test_faults_and_differences_are_told():
+    good = {"kernel": "grouped STEP", "capability": 90, "registers": 9, "spilled": 0, "shared": 9, "tensor_cores": ["mma.sync"]}
+    assert aot.faults([good]) == []
+    bad = [{**good, "spilled": aot.SPILL_LIMIT + 8}, {**good, "shared": 300_000}, {**good, "tensor_cores": []}]
+    assert len(aot.faults(bad)) == 3
+    table = {"triton": aot.triton.__version__, "rows": [good, {**good, "kernel": "gone"}]}
+    words = aot.differences([{**good, "registers": 10}, {**good, "kernel": "new"}], table)
+    assert len(words) == 3
+    assert aot.differences(bad, {**table, "triton": "0.0"}) == []
