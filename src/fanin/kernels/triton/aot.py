@@ -62,7 +62,8 @@ class Launch:
 
     @property
     def name(self) -> str:
-        mode = _MODES.get(dict(self.constants).get("MODE", -1), "")
+        constants = dict(self.constants)
+        mode = "update" if constants.get("UPDATE") else _MODES.get(constants.get("MODE", -1), "")
         return " ".join(filter(None, (self.kernel, mode, self.case)))
 
 
@@ -131,10 +132,14 @@ def _cases() -> Iterator[dict[str, Any]]:
         yield from (cases(weights, 1, fan_in, batch) for fan_in, batch in blocks)
         yield from (cases(weights, *shape) for shape in itertools.product((8, 32, 64), (16, 32, 64), (16, 32, 64, 128)))
         yield from (cases(weights, *shape) for shape in ((128, 128), (64, 512), (64, 128, 512), (1, 32, 512), (16, 60)))
+    everything = ("step", "logits", "gradients", "topk")
+    for group, fan_in, batch in ((1, 1, 1), (16, 1, 1), (200, 96, 300)):
+        yield cases(bf16, group, fan_in, batch, *everything, want_loss=True)
+    yield cases(fp8, 200, 96, 300, *everything, momentum=bf16, kahan=True)
     for group, fan_in in ((1, 32), (64, 32), (64, 128)):
         yield cases(fp8, group, fan_in)
         yield cases(bf16, group, fan_in, 128, "step", first=2**40)
-        yield from (cases(weights, group, fan_in, 128, "logits", "gradients", "topk") for weights in (bf16, fp32))
+        yield from (cases(weights, group, fan_in, 128, *everything[1:]) for weights in (bf16, fp32))
     for group, fan_in in ((1, 32), (64, 128)):
         yield cases(bf16, group, fan_in, deterministic=False)
         yield cases(bf16, group, fan_in, loss="squared_hinge", want_loss=True)
@@ -154,7 +159,7 @@ def _record(
     labels = _LABELS
     layer = Layer(
         weight=empty(labels, fan_in, dtype=weights),
-        index=empty(labels // group, fan_in, dtype=torch.uint16),
+        index=empty(-(-labels // group), fan_in, dtype=torch.uint16),
         bias=empty(labels),
         group=group,
         momentum=None if momentum is None else empty(labels, fan_in, dtype=momentum),

@@ -235,7 +235,8 @@ class Triton(Backend):
             state.compensation, g, None if dx is None else dx.rows, atomic, out, *_numbers(update),
             part.first, part.labels, part.group, part.fan_in, plan.batch, plan.stride,
             ATOMIC=atomic is not None, UPDATE=update is not None, TILES=plan.tiles_per_group,
-            BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b, **_options(config),
+            BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b,
+            **_options(config, capped=part.weight.itemsize > 1),
         )  # fmt: skip
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -283,8 +284,9 @@ class Triton(Backend):
         return InputGradient(job, order, chunk, self._reduce, self._launch)
 
 
-def _options(config: configs.Single | configs.Grouped) -> dict[str, int]:
-    registers = getattr(config, "registers", None)
+def _options(config: configs.Single | configs.Grouped, capped: bool = True) -> dict[str, int]:
+    """capped: with the configuration's limit on registers (decoding float8 in a loop over documents takes more)."""
+    registers = getattr(config, "registers", None) if capped else None
     return {"num_warps": config.warps} | ({} if registers is None else {"maxnreg": registers})
 
 

@@ -83,7 +83,7 @@ def grouped(
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     highest = tl.full([BLOCK_B], float("-inf"), tl.float32)
-    for repeat in tl.static_range(REPEAT):
+    for repeat in tl.range(REPEAT, num_stages=1):
         tile = tl.program_id(0).to(tl.int64) * REPEAT + repeat
         row = tile // TILES
         begin = row * group + (tile % TILES) * BLOCK_M
@@ -184,12 +184,12 @@ def grouped_backward(
         here = place_of(begin, stride) + (m[:, None] * stride + columns[None, :])
         slopes = tl.load(g + here, mask=in_tile[:, None], other=0)
         in_row, feature, x, w = _gather(xt, weight, index, row, begin, m, in_tile, k, columns, fan_in, stride)
-        if ATOMIC or dx_rows is not None:
-            _add_dx(w, slopes, feature, in_row, dx_rows, dxt, tile, k, columns, fan_in, batch, stride, ATOMIC)
-        if UPDATE or out is not None:
-            dw = product(slopes, tl.trans(x), dw)
         if UPDATE and bias is not None:
             db += tl.sum(decode(slopes), 1)
+        if UPDATE or out is not None:
+            dw = product(slopes, tl.trans(x), dw)
+        if ATOMIC or dx_rows is not None:
+            _add_dx(w, slopes, feature, in_row, dx_rows, dxt, tile, k, columns, fan_in, batch, stride, ATOMIC)
         column += BLOCK_B
     offset = m[:, None] * fan_in + k[None, :]
     mask = in_tile[:, None] & (k < fan_in)[None, :]
