@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import re
-import socket
 from pathlib import Path
 
 import pytest
@@ -150,9 +150,11 @@ def test_from_dense_keeps_the_largest(group, monkeypatch):
 # data parallel --------------------------------------------------------------------------------------------------------
 
 
-def replica(rank: int, port: int, path: str) -> None:
+def replica(rank: int, path: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    # a file, not a port: one that is free now may be taken by the time both processes are up
+    patience = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2, timeout=patience)
     try:
         torch.manual_seed(rank)  # different starts: DDP must make them equal
         layer = FixedFanInLinear(D, L, K, group=4, backend="torch")
@@ -172,10 +174,7 @@ def replica(rank: int, port: int, path: str) -> None:
 
 
 def test_ddp_equals_one_process(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(replica, (port, str(tmp_path)), nprocs=2)
+    mp.spawn(replica, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for key in ("weight", "bias", "index"):
         assert torch.equal(first["state"][key], second["state"][key])
