@@ -173,6 +173,7 @@ def replica(rank: int, path: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow  # two processes that import torch; seen to hang now and then, for a reason not found yet
 def test_ddp_equals_one_process(tmp_path):
     mp.spawn(replica, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
