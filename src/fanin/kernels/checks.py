@@ -13,12 +13,11 @@ from fanin.kernels.layer import FAN_IN_LIMIT, INDEX_TYPES, LOSSES, WEIGHT_TYPES,
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_layer(x: Tensor, layer: Layer, *, values: bool = False, contiguous: bool = True) -> None:
-    """x [B, D] and the layer's tensors fit together, and no index is beyond D.
+def check_layer(x: Tensor, layer: Layer) -> None:
+    """x [B, D] and the layer's tensors fit together, lie in memory without gaps (x may be strided), and no index is beyond D.
 
-    The index is read when it is new or has changed, and not again (`_in_range`).
-    values: also that every row's indices are distinct, which takes longer and is not remembered.
-    contiguous: also that the layer's tensors lie in memory without gaps (x may be strided).
+    The index is read when it is new or has changed, and not again (`_in_range`). That a row's indices are distinct is
+    `rewiring.check_index`, for where an index comes in.
     Raises ValueError with what was found, what was expected and what to do.
     """
     weight, index = layer.weight, layer.index
@@ -58,11 +57,9 @@ def check_layer(x: Tensor, layer: Layer, *, values: bool = False, contiguous: bo
     for name, value in present:
         if value.device != x.device:
             raise ValueError(f"{name} is on {value.device} but x on {x.device}; move one of them")
-        if contiguous and not value.is_contiguous():
+        if not value.is_contiguous():
             raise ValueError(f"{name} is not contiguous (strides {value.stride()}); pass {name}.contiguous()")
-    if values:
-        _check_index(index, x.shape[1])
-    elif not _in_range(index, x.shape[1]):
+    if not _in_range(index, x.shape[1]):
         _check_range(index, x.shape[1])
 
 
@@ -135,21 +132,6 @@ def _check_range(index: Tensor, features: int) -> None:
         _SEEN[storage.cdata] = (storage, index._version, features, int(start), int(start) + index.nbytes)
         while len(_SEEN) > 16:
             _SEEN.popitem(last=False)
-
-
-def _check_index(index: Tensor, features: int) -> None:
-    at_once = 2**22 // index.shape[1]
-    for begin in range(0, len(index), at_once):
-        rows = index[begin : begin + at_once].to(torch.int64).sort(dim=1).values
-        low, high = int(rows[:, 0].min()), int(rows[:, -1].max())
-        if low < 0 or high >= features:
-            raise ValueError(
-                f"index holds feature {low if low < 0 else high}; expected 0 to {features - 1}, for x has {features}"
-            )
-        repeated = (rows[:, 1:] == rows[:, :-1]).any(dim=1)
-        if bool(repeated.any()):
-            row = begin + int(repeated.to(torch.uint8).argmax())
-            raise ValueError(f"row {row} of index holds a feature twice; a row's features must be distinct")
 
 
 def _types(name: str, value: Tensor, types: tuple[torch.dtype, ...]) -> None:

@@ -87,6 +87,11 @@ class Update:
     scale: float = 1.0
     seed: int = 0
 
+    def seeds(self) -> tuple[int, int]:
+        """The 32-bit seeds of the weights' and of the momentum's random bits."""
+        own = mix(self.seed)
+        return own, own ^ _MOMENTUM_STREAM
+
     def apply(self, weight: Tensor, gradient: Tensor, momentum: Tensor | None, decay: bool = True) -> None:
         """Update `weight` in place (float32 or float64, or below: rounded to nearest); `gradient` is overwritten."""
         if self.scale != 1.0:
@@ -113,9 +118,9 @@ class Update:
             gradient.add_(old, alpha=self.weight_decay)
         if momentum is not None:
             gradient.add_(decode(momentum), alpha=self.momentum)
-            store(momentum, gradient, random_bits(mix(self.seed) ^ _MOMENTUM_STREAM, layer))
+            store(momentum, gradient, random_bits(self.seeds()[1], layer))
         if layer.compensation is None:
-            store(weight, old.sub_(gradient, alpha=self.lr), random_bits(mix(self.seed), layer))
+            store(weight, old.sub_(gradient, alpha=self.lr), random_bits(self.seeds()[0], layer))
         else:
             change = layer.compensation.to(old.dtype).sub_(gradient, alpha=self.lr)
             store(weight, old + change, None)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fanin.kernels.checks import check_layer, check_loss, check_positives
 from fanin.kernels.cpu.build import library
-from fanin.kernels.layer import LOSSES, Backend, Layer, Update, mix
+from fanin.kernels.layer import LOSSES, Backend, Layer, Update
 
 _LANES, _PANEL = 16, 64  # as in fixed_fan_in.cpp
 _MODES = {"step": 0, "logits": 1, "gradients": 2, "maxima": 3, "candidates": 4}
@@ -77,7 +77,7 @@ class Cpu(Backend):
         job.loss = LOSSES.index(loss)
         job.lr, job.momentum_factor = update.lr, update.momentum
         job.decay, job.scale = update.weight_decay, update.scale
-        job.weight_seed, job.momentum_seed = mix(update.seed), mix(update.seed) ^ 0x5BD1E995
+        job.weight_seed, job.momentum_seed = update.seeds()
         self._run(job)
         return _rows(dx[0], x), None if losses is None else losses.sum()
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fanin.kernels.layer import _MOMENTUM_STREAM, Layer, mix
+from fanin.kernels.layer import Layer, Update
 from fanin.kernels.triton import configs
 from fanin.kernels.triton.order import Order
 from fanin.kernels.triton.plan import Plan
@@ -23,8 +23,7 @@ def raw(stored: Tensor, interpreted: bool) -> Tensor:
 
 def seeds(seed: int) -> tuple[int, ...]:
     """The seeds of the weights' and the momentum's random bits, as int32: so a kernel is compiled once for all."""
-    own = mix(seed)
-    return tuple(value - 2**32 if value >= 2**31 else value for value in (own, own ^ _MOMENTUM_STREAM))
+    return tuple(value - 2**32 if value >= 2**31 else value for value in Update(lr=0.0, seed=seed).seeds())
 
 
 class Job:
