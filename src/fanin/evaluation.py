@@ -136,9 +136,9 @@ def choose_documents(documents: int, limit: int | None) -> np.ndarray:
 
 def _load(models: str | Path, labels: int) -> Classifier:
     classifier = Classifier.load(models)
-    if classifier.head.labels != labels:
+    if classifier.labels != labels:
         raise InputError(
-            f"{models}: the model ranks {classifier.head.labels} labels, but the corpus has {labels}; "
+            f"{models}: the model ranks {classifier.labels} labels, but the corpus has {labels}; "
             "train it again (dvc repro train)"
         )
     train = classifier.config.train
