@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from fanin.checkpoint import list_checkpoints
@@ -252,3 +258,29 @@ def test_what_cannot_be_shared_is_refused(folder, tmp_path):
     tokens = TokenSet.open(folder / "data/tokens/train.arrow")
     with pytest.raises(InputError, match=r"train\.batch: 7 documents cannot be shared by 8 processes"):
         Trainer(config, classifier, tokens, np.arange(9), np.arange(0), pad_id=0)
+
+
+# as a stage ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # torchrun and two processes that import everything
+def test_the_stage_starts_its_processes_and_leaves_what_one_leaves(tmp_path):
+    config = prepare(tmp_path)
+    config.train.processes, config.train.max_steps, config.encoder.dropout = 2, 6, 0.0
+    sections = {
+        name: value for name, value in dataclasses.asdict(config).items() if name in ("encoder", "head", "train", "start")
+    }
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets/wordnet.yaml").write_text("train:\n  batch: 7\n")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"preset": "wordnet", **sections}))
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "data/corpus/test.parquet")
+    script = Path(__file__).parents[1] / "pipeline/train.py"
+    environment = os.environ | {"FANIN_TRACKING": "off", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    summary = json.loads((tmp_path / "reports/train.json").read_text())
+    assert (summary["processes"], summary["steps"], summary["head_bytes"]["bias"]) == (2, 6, 4 * LABELS)
+    assert Classifier.load(tmp_path / "models").labels == LABELS
+    assert json.loads((tmp_path / "reports/stages/train.json").read_text())["stage"] == "train"
