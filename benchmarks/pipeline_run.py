@@ -45,9 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--project", type=Path, default=Path("."), help="where the pipeline ran")
     found = figures(parser.parse_args().project)
-    print(
-        f"{found['preset']}: {found['labels']:,} labels, {found['documents_per_second']} documents/s, {found['peak_rss_mib']} MiB"
-    )
+    print(", ".join(f"{name} {found[name]}" for name in ("labels", "documents_per_second", "peak_rss_mib")))
     print(f"added to {records.add('pipeline', [found])}")
 
 
