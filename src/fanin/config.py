@@ -19,7 +19,7 @@ from fanin.files import InputError
 
 @dataclass
 class Corpus:
-    format: str = "wordnet"  # wordnet | xc_json | xc_sparse | xc_raw | parquet | synthetic (made, of any size)
+    format: str = "wordnet"  # wordnet | debian | xc_json | xc_sparse | xc_raw | parquet | synthetic (made, of any size)
     task: str = "near"  # of the bundled WordNet: near | relations
     label_documents: bool = False  # each label's own text as one more training document (LF- data sets)
     labels: int = 100_000  # of a synthetic corpus, as the next three
@@ -157,7 +157,7 @@ class Config:
 FAN_IN_LIMIT = 512  # of the kernels; config.py imports no torch
 
 _CHOICES = {
-    "corpus.format": ("wordnet", "xc_json", "xc_sparse", "xc_raw", "parquet", "synthetic"),
+    "corpus.format": ("wordnet", "debian", "xc_json", "xc_sparse", "xc_raw", "parquet", "synthetic"),
     "corpus.task": ("near", "relations"),
     "encoder.pooling": ("mean", "cls", "cls_layers"),
     "start.source": ("data", "random"),
