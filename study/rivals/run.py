@@ -1,6 +1,6 @@
 """Train one rival on a corpus folder and rank its test documents, in the rivals' own environment (`make rivals`).
 
-    .venv-rivals/bin/python benchmarks/rivals/run.py bonsai CORPUS OUT [--seed 1] [--threads 0]
+    .venv-rivals/bin/python study/rivals/run.py bonsai CORPUS OUT [--seed 1] [--threads 0]
 
 CORPUS holds train.parquet, test.parquet and labels.parquet as the corpus stage writes them. Leaves in OUT:
 `ranked.npy` [N, 20] int32 label ids, best first, -1 for none, which the study scores with the project's own metrics;
@@ -19,7 +19,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,8 +29,9 @@ from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 DEPTH = 20  # labels ranked a document
-# Words of two characters or more, lower case, 1 + log(tf), unit length: scikit-learn's own but for the logarithm.
-FEATURES: dict[str, Any] = {"sublinear_tf": True, "dtype": np.float32}
+# Words of two characters or more and pairs of them, those in at least two documents; 1 + log(tf), unit length.
+FEATURES: dict[str, Any] = {"ngram_range": (1, 2), "min_df": 2, "sublinear_tf": True}
+NO_PACKAGE = 3  # exit code
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Rival(Protocol):
     """One method: `settings` as given to its package, then `fit`, `save` (bytes on disk) and `rank`."""
 
     package: str
+    module: str
     settings: dict[str, Any]
 
     def fit(self, data: Data, folder: Path, seed: int, threads: int) -> None: ...
@@ -58,7 +60,7 @@ class Rival(Protocol):
 class Omikuji:
     """Parabel (balanced binary trees) and Bonsai (wide, shallow, unbalanced) with the settings of omikuji's README."""
 
-    package = "omikuji"
+    package, module = "omikuji", "omikuji"
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -92,7 +94,7 @@ class Omikuji:
 class Pecos:
     """PECOS XR-Linear: label features from their documents, hierarchical k-means, one linear ranker a tree node."""
 
-    package = "libpecos"
+    package, module = "libpecos", "pecos"
     settings: dict[str, Any] = {"label_features": "pifa", "indexer": "hierarchicalkmeans", "beam_size": DEPTH}  # noqa: RUF012
 
     def fit(self, data: Data, folder: Path, seed: int, threads: int) -> None:
@@ -115,7 +117,7 @@ class Pecos:
 class Napkin:
     """napkinXC's probabilistic label tree with its defaults: LIBLINEAR, hierarchical k-means, exact search."""
 
-    package = "napkinxc"
+    package, module = "napkinxc", "napkinxc"
     settings: dict[str, Any] = {"tree_type": "hierarchicalKmeans", "loss": "log"}  # noqa: RUF012
 
     def fit(self, data: Data, folder: Path, seed: int, threads: int) -> None:
@@ -140,7 +142,7 @@ class Napkin:
 class Neighbours:
     """TF-IDF nearest neighbours: a label's score is the sum of the cosines of the nearest documents that have it."""
 
-    package = "scikit-learn"
+    package, module = "scikit-learn", "sklearn"
     chunk = 256  # test documents at once
 
     def __init__(self, neighbours: int) -> None:
@@ -173,7 +175,7 @@ RIVALS: dict[str, Rival] = {
     "bonsai": Omikuji(cluster_balanced=False, cluster_k=100, max_depth=3),
     "pecos": Pecos(),
     "napkinxc": Napkin(),
-    "tfidf_knn": Neighbours(10),
+    "tfidf_knn": Neighbours(30),
 }
 
 
@@ -232,8 +234,13 @@ def main() -> None:
     rival, threads = RIVALS[options.rival], options.threads or os.cpu_count() or 1
     options.out.mkdir(parents=True, exist_ok=True)
 
+    try:
+        import_module(rival.module)
+    except ImportError as error:
+        print(f"{rival.package} cannot be imported: {error}", file=sys.stderr)
+        sys.exit(NO_PACKAGE)
     began = time.monotonic()
-    data = load(options.corpus, TfidfVectorizer(**FEATURES))
+    data = load(options.corpus, TfidfVectorizer(**FEATURES, dtype=np.float32))
     featured = time.monotonic()
     rival.fit(data, options.out, options.seed, threads)
     fitted, peak = time.monotonic(), _peak_mib()
@@ -246,7 +253,7 @@ def main() -> None:
     packages = {name: metadata.version(name) for name in (rival.package, "scikit-learn", "numpy", "scipy")}
     record = {
         "rival": options.rival,
-        "settings": rival.settings | {"features": {"sublinear_tf": True, "ngrams": 1, "count": data.x.shape[1]}},
+        "settings": rival.settings | {"tfidf": FEATURES, "features": data.x.shape[1]},
         "features_seconds": round(featured - began, 2),
         "train_seconds": round(fitted - began, 2),
         "rank_seconds": round(done - ranking, 2),
