@@ -87,9 +87,7 @@ def recovery(row: Row, found: Sequence[Row], methods: Mapping[str, Method], figu
 def results(records: Sequence[Mapping[str, Any]], methods: Mapping[str, Method]) -> str:
     """The main table and that by label frequency, as Markdown."""
     found = rows(records, methods)
-    if not found:
-        return "No records yet."
-    blocks = [quality_table(found, methods), cost_table(found), frequency_table(found)]
+    blocks = [quality_table(found, methods), cost_table(found), frequency_table(found)] if found else ["No records yet."]
     absent = [
         f"- {record['about']}: not available here ({record['unavailable']})" for record in records if "unavailable" in record
     ]
