@@ -51,9 +51,11 @@ class Records:
         write_json(self.path, self.all)
 
     def seconds(self, method: str, kind: str) -> float:
-        """How long a run of this method may take: the longest of its own, else of its kind, else 0 (nobody knows)."""
-        own = [r["wall_seconds"] for r in self.all if r["method"] == method]
-        return max(own or [r["wall_seconds"] for r in self.all if r["kind"] == kind], default=0.0)
+        """How long a run of this method may take: the longest of its own, else of its kind, else of all; 0: nobody knows."""
+        own, like = (
+            [r["wall_seconds"] for r in self.all if r[key] == value] for key, value in (("method", method), ("kind", kind))
+        )
+        return max(own or like or [r["wall_seconds"] for r in self.all], default=0.0)
 
 
 def quality(evaluation: Mapping[str, Any]) -> dict[str, Any]:
