@@ -7,12 +7,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from fanin.config import Config
+from fanin.ranks import join
 from fanin.stage import Run, run_stage
 from fanin.training import CURVES, train
 
 
 def main(config: Config, run: Run) -> None:
-    summary = train(config, log=run.metrics)
+    with join(config.train.device) as ranks:
+        summary = train(config, log=run.metrics, ranks=ranks)
+    if not ranks.leads:
+        return
     numbers = {key: value for key, value in summary.items() if isinstance(value, int | float) and not isinstance(value, bool)}
     run.metrics(numbers | {f"head_bytes/{part}": size for part, size in summary["head_bytes"].items()})
     for curve in CURVES:
@@ -22,4 +26,4 @@ def main(config: Config, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("train", main)
+    run_stage("train", main, processes=lambda config: config.train.processes)

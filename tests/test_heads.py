@@ -157,7 +157,7 @@ def test_no_dense_array_is_ever_made():
         head.topk(x, 100)
     assert largest.numel <= labels * 8 * 2  # the weights themselves, and sort's pairs
     with Largest() as largest:
-        head.rewire(rigl, 1, seeded(), x, positives)
+        head.rewire(rigl, 1, 0, x, positives)
     assert largest.numel <= 2**22 + width  # a chunk of the dense gradient
 
 
@@ -187,7 +187,7 @@ def test_rewiring_keeps_the_invariants(group, method, prune, amount):
     dense_before = densify(head, head.weight), densify(head, head.momentum)
     old = head.index.long()
     schedule = Schedule(method=method, prune=prune, amount=amount, interval=1, end_step=10**9)
-    counts = head.rewire(schedule, 1, seeded(), x, positives)
+    counts = head.rewire(schedule, 1, 0, x, positives)
     new = head.index.long()
     assert new.shape == old.shape
     assert (new[:, 1:] > new[:, :-1]).all()
@@ -217,7 +217,7 @@ def test_rigl_regrows_where_the_dense_gradient_is_largest():
     z = head.logits(x, 0, LABELS)
     gradient = (torch.sigmoid(z).t() - y.t().float()) @ x
     smallest = head.weight.abs().topk(2, dim=1, largest=False).indices
-    head.rewire(Schedule(method="rigl", prune="fraction", amount=0.2, interval=1, end_step=10**9), 1, seeded(), x, positives)
+    head.rewire(Schedule(method="rigl", prune="fraction", amount=0.2, interval=1, end_step=10**9), 1, 0, x, positives)
     for label in (0, 5, 77, LABELS - 1):
         free = gradient[label].abs().clone()
         free[old[label]] = -1
@@ -231,7 +231,7 @@ def test_rewiring_when_nearly_every_feature_is_used():
     x, positives = torch.randn(3, 9), Positives(torch.tensor([0]), torch.tensor([0]))
     for step in range(1, 20):
         schedule = Schedule(method="set", prune="fraction", amount=0.25, interval=1, end_step=10**9)
-        head.rewire(schedule, step, seeded(step), x, positives)
+        head.rewire(schedule, step, 0, x, positives)
         rows = head.index.long()
         assert (rows[:, 1:] > rows[:, :-1]).all()
 
@@ -239,7 +239,7 @@ def test_rewiring_when_nearly_every_feature_is_used():
 def test_dense_cannot_be_rewired():
     schedule = Schedule(method="set", prune="fraction", amount=0.25, interval=1, end_step=9)
     with pytest.raises(InputError, match=r"rewiring.method: set needs head.kind fixed_fan_in"):
-        Dense(4, 4).rewire(schedule, 1, seeded(), torch.zeros(1, 4), Positives(torch.empty(0), torch.empty(0)))
+        Dense(4, 4).rewire(schedule, 1, 0, torch.zeros(1, 4), Positives(torch.empty(0), torch.empty(0)))
 
 
 def test_index_types():
@@ -290,7 +290,7 @@ def test_low_precision_heads_train_rewire_and_are_saved(dtype, rounding, group):
     assert (head.compensation is not None) == (rounding == "kahan")
     before = densify(head, decode(head.weight))
     rigl = Schedule(method="rigl", prune="fraction", amount=0.3, interval=1, end_step=10**9)
-    head.rewire(rigl, 1, seeded(), x.float(), positives)
+    head.rewire(rigl, 1, 0, x.float(), positives)
     after = densify(head, decode(head.weight))
     assert (after[after != before] == 0).all()
     state = head.model_state()

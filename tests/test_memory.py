@@ -154,7 +154,7 @@ def test_rewire_buffers_are_what_rewiring_allocates(name: str, prune: str, metho
     live = Live(x, *positives, *real.buffers())
     before = live.now
     with live:
-        real.rewire(schedule, 1, torch.Generator(), x, positives)
+        real.rewire(schedule, 1, 0, x, positives)
     assert rewire_buffers(head, 12000, features, batch, method, prune) == pytest.approx(live.peak - before, rel=0.1)
 
 

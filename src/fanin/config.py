@@ -102,6 +102,7 @@ class Train:
     warmup: int = 50  # optimiser steps; a cosine to 0 follows
     precision: str = "auto"  # auto (the faster here) | fp32 | bf16
     device: str = "auto"  # auto | cpu | cuda
+    processes: int = 1  # of this machine that share the labels, on GPUs one a card; more machines: docs/scaling.md
     log_every: int = 10  # optimiser steps
     validate_every: int = 200  # optimiser steps; 0: never
     validation_documents: int = 1000  # held out of training
@@ -212,6 +213,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.validate_every": (0, 10**9),
     "train.validation_documents": (0, 10**9),
     "train.checkpoint_every": (0, 10**9),
+    "train.processes": (1, 10**4),
     "evaluate.documents": (1, 10**12),
     "evaluate.propensity_a": (0, 10),
     "evaluate.propensity_b": (0, 100),
@@ -337,6 +339,8 @@ def _conflicts(config: Config) -> list[str]:
         wrong.append("evaluate.tail_frequency must be below evaluate.head_frequency")
     if train.device != "auto" and train.device.split(":")[0] not in ("cpu", "cuda"):
         wrong.append(f"train.device: {train.device!r} is not auto, cpu, cuda or cuda:N")
+    if train.processes > 1 and ":" in train.device:
+        wrong.append(f"train.device: {train.device} is one device, but train.processes is {train.processes}; set it to cuda")
     if any(labels < 1 for labels in config.memory.scale_labels):
         wrong.append("memory.scale_labels: every entry must be at least 1")
     return wrong

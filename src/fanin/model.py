@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fanin import __version__
@@ -24,6 +25,8 @@ from fanin.data.batches import collate
 from fanin.encoder import Encoder
 from fanin.files import InputError, atomic_path, read_json
 from fanin.heads import Head, build_head
+from fanin.ranks import ALONE, Ranks
+from fanin.tensor_file import create_tensors, write_rows
 
 _CPU_TOKENS = 768  # padded tokens encoded at once: beyond it, activations leave the cache
 
@@ -33,20 +36,35 @@ class Classifier(nn.Module):
 
     order: [L] int32, the label id of each row of the head, or None where rows are label ids.
     precision: what the encoder computes in (torch.float32, or torch.bfloat16 through autocast).
+    ranks: the processes that share the head's labels; each calls every method at the same time as the others.
     """
 
     def __init__(
-        self, config: Config, encoder: Encoder, intermediate: nn.Linear | None, head: Head, order: Tensor | None
+        self,
+        config: Config,
+        encoder: Encoder,
+        intermediate: nn.Linear | None,
+        head: Head,
+        order: Tensor | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         self.order: Tensor | None
         self.config, self.encoder, self.intermediate, self.head = config, encoder, intermediate, head
+        self.ranks = ranks
         self.register_buffer("order", order)
         self.precision = torch.float32
         self.label_texts: LabelTexts | None = None
 
     @classmethod
-    def build(cls, config: Config, labels: int, order: np.ndarray | None = None, encoder: Encoder | None = None) -> Classifier:
+    def build(
+        cls,
+        config: Config,
+        labels: int,
+        order: np.ndarray | None = None,
+        encoder: Encoder | None = None,
+        ranks: Ranks = ALONE,
+    ) -> Classifier:
         """A classifier with a random head, as `config` describes it; deterministic given config.seed.
 
         order: [L], the labels in the order of the cluster tree; used where labels share index rows (head.group > 1).
@@ -68,7 +86,12 @@ class Classifier(nn.Module):
             nn.init.uniform_(intermediate.weight, -bound, bound, generator=generator)
             nn.init.zeros_(intermediate.bias)
             width = config.head.intermediate
-        head = build_head(config.head, labels, width, generator)
+        group = config.head.group if config.head.kind == "fixed_fan_in" else 1
+        if labels < group * ranks.size:
+            raise InputError(
+                f"train.processes: {labels} labels in groups of {group} cannot be shared by {ranks.size} processes; use fewer"
+            )
+        head = build_head(config.head, labels, width, generator, ranks.share(labels, group))
         rows = None
         if config.head.group > 1:
             if order is None:
@@ -76,11 +99,16 @@ class Classifier(nn.Module):
                     "head.group: labels that share features need the order of the clusters stage; run it (dvc repro clusters)"
                 )
             rows = torch.from_numpy(np.array(order, dtype=np.int32))
-        return cls(config, encoder, intermediate, head, rows)
+        return cls(config, encoder, intermediate, head, rows, ranks)
 
     @property
     def tokenizer(self) -> Any:
         return self.encoder.tokenizer
+
+    @property
+    def labels(self) -> int:
+        """L, those of all ranks."""
+        return self.head.whole
 
     @property
     def device(self) -> torch.device:
@@ -106,14 +134,28 @@ class Classifier(nn.Module):
     @torch.inference_mode()
     def topk(self, ids: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """ids, mask [B, T] -> (logits [B, k], label ids [B, k] int64), highest first."""
-        parts = [self.features(ids[rows, :longest], mask[rows, :longest]) for rows, longest in self._parts(mask)]
-        scores, rows = self.head.topk(torch.cat(parts), k)
+        first, last = self.ranks.share(len(ids))
+        own_ids, own_mask = ids[first:last], mask[first:last]
+        parts = [self.features(own_ids[rows, :longest], own_mask[rows, :longest]) for rows, longest in self._parts(own_mask)]
+        features = torch.cat(parts) if parts else torch.empty(0, self.head.width, device=self.device)
+        scores, rows = self._best(self.ranks.gather(features, len(ids)), k)
         return scores, rows if self.order is None else self.order[rows].to(torch.int64)
+
+    def _best(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """features [B, D'] -> (logits [B, k], rows of the whole head [B, k]), of all ranks' labels."""
+        if self.ranks.size == 1:
+            return self.head.topk(features, k)
+        few = min(k, self.head.labels)
+        scores, rows = self.head.topk(features, few)
+        scores, rows = F.pad(scores, (0, k - few), value=-torch.inf), F.pad(rows + self.head.first, (0, k - few))
+        scores, rows = (torch.cat(list(self.ranks.collect(part)), 1) for part in (scores, rows))
+        scores, place = scores.topk(k, dim=1)
+        return scores, rows.gather(1, place)
 
     def _parts(self, mask: Tensor) -> Iterator[tuple[slice, int]]:
         """Runs of documents that a CPU encodes fastest (they stay in its cache), each cut to its longest; a GPU takes all."""
         lengths = mask.sum(1).tolist()
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" and lengths:
             yield slice(0, len(lengths)), max(lengths, default=0)
             return
         start = 0
@@ -133,7 +175,7 @@ class Classifier(nn.Module):
 
     def load_start(self, path: Path) -> None:
         """Take head and intermediate layer from what the start stage wrote; keep the random ones where it holds none."""
-        state = _tensors(path)
+        state = _tensors(path, self.head)
         if state:
             self._load_layers(state, str(path))
 
@@ -160,26 +202,50 @@ class Classifier(nn.Module):
             self.intermediate.load_state_dict(own)
 
     def save(self, folder: str | Path, labels: str | Path) -> None:
-        """Write the model as a folder that needs nothing else of the project; `labels` is the corpus's labels.parquet."""
+        """Write the model as a folder that needs nothing else of the project; `labels` is the corpus's labels.parquet.
+
+        Ranks write their own rows of the one file, so `folder` must be on a disk that all of them see.
+        """
+        head_bytes = self.head_bytes()
+        if not self.ranks.leads:
+            self._write_rows(Path(self.ranks.of_first("")))
+            return
         with atomic_path(folder, directory=True) as temporary:
             self.encoder.save(temporary / "encoder")
             state = self.layers_state()
             if self.order is not None:
                 state["order"] = self.order
-            save_file(state, temporary / "head.safetensors")
+            if self.ranks.size == 1:
+                save_file(state, temporary / "head.safetensors")
+            else:
+                whole = {key: (self.head.place(key)[1], *value.shape[1:]) for key, value in self.head.model_state().items()}
+                shapes = {key: whole.get(key, tuple(value.shape)) for key, value in state.items()}
+                create_tensors(temporary / "head.safetensors", {k: (v.dtype, shapes[k]) for k, v in state.items()})
+                write_rows(temporary / "head.safetensors", {k: (0, v) for k, v in state.items() if k not in whole})
+                self._write_rows(Path(self.ranks.of_first(str(temporary / "head.safetensors"))))
             LabelTexts.write(labels, temporary / LabelTexts.FILE)
             description = {
                 "config": dataclasses.asdict(self.config),
-                "labels": self.head.labels,
+                "labels": self.labels,
                 "features": self.head.width,
                 "width": self.encoder.width,
-                "head_bytes": self.head.bytes(),
+                "head_bytes": head_bytes,
                 "versions": {"fanin": __version__, "torch": torch.__version__, "python": platform.python_version()},
             }
             (temporary / "fanin.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
+    def head_bytes(self) -> dict[str, int]:
+        """`Head.bytes` of all ranks together."""
+        own = self.head.bytes()
+        return {name: int(size) for name, size in zip(own, self.ranks.total(list(own.values())), strict=True)}
+
+    def _write_rows(self, path: Path) -> None:
+        """Put this rank's part of the head into the file; go on when all have."""
+        write_rows(path, {key: (self.head.place(key)[0], value) for key, value in self.head.model_state().items()})
+        self.ranks.wait()
+
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Classifier:
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu", ranks: Ranks = ALONE) -> Classifier:
         """A trained classifier from its folder, ready to rank. Raises InputError where the folder is not whole."""
         folder = Path(folder)
         description = read_json(folder / "fanin.json")
@@ -189,10 +255,12 @@ class Classifier(nn.Module):
             raise InputError(f"{folder / 'fanin.json'}: written by another version of fanin ({error}); train again") from None
         settings = config.encoder
         encoder = Encoder.load(str(folder / "encoder"), settings.pooling, settings.layers, settings.dropout)
-        state = _tensors(folder / "head.safetensors")
-        order = state.pop("order", None)
-        classifier = cls.build(config, description["labels"], None if order is None else order.numpy(), encoder)
-        classifier._load_layers(state, str(folder / "head.safetensors"))
+        path = folder / "head.safetensors"
+        order = _tensors(path, only="order").get("order")
+        classifier = cls.build(config, description["labels"], None if order is None else order.numpy(), encoder, ranks)
+        state = _tensors(path, classifier.head)
+        state.pop("order", None)
+        classifier._load_layers(state, str(path))
         classifier.label_texts = LabelTexts(folder / LabelTexts.FILE)
         return classifier.to(device).eval()
 
@@ -230,12 +298,23 @@ class LabelTexts:
         return self._texts[int(label)].as_py()
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _tensors(path: Path, head: Head | None = None, only: str | None = None) -> dict[str, Tensor]:
+    """The file's tensors by name, of those that `head` shares out its own part of the rows."""
     try:
-        with safe_open(path, "pt"):
-            pass
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if only in (None, name)]  # noqa: SIM118 (it is no mapping)
+            own = head.model_state() if head is not None else {}
+            return {name: _rows(file, name, head, own.get(name)) for name in names}
     except FileNotFoundError:
         raise InputError(f"{path} is missing; run the stage that writes it (dvc repro)") from None
     except SafetensorError as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); rerun the stage that writes it") from None
+
+
+def _rows(file: Any, name: str, head: Head | None, own: Tensor | None) -> Tensor:
+    """Tensor `name`, or its rows that `own` is for. A whole one of another size comes as it is, for the caller to refuse."""
+    if head is None or own is None or len(own) == head.place(name)[1]:
+        return file.get_tensor(name)
+    first, rows = head.place(name)
+    part = file.get_slice(name)
+    return part[first : first + len(own)] if part.get_shape()[0] == rows else file.get_tensor(name)

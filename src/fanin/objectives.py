@@ -25,6 +25,11 @@ class Positives(NamedTuple):
         own = slice(*torch.searchsorted(self.labels, bounds).tolist())
         return Positives(self.labels[own] - first, self.documents[own])
 
+    def of_documents(self, first: int, last: int) -> Positives:
+        """Those of documents first..last-1, which are counted from `first`."""
+        own = (self.documents >= first) & (self.documents < last)
+        return Positives(self.labels[own], self.documents[own] - first)
+
     def valid(self, labels: int, documents: int) -> Tensor:
         """bool []: every pair in range and in order. On the device, so that the caller decides when to wait for it."""
         if not len(self.labels):

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fanin.ranks import ALONE, Ranks
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -48,19 +50,21 @@ def magnitude(weight: Tensor, group: int) -> Tensor:
     return (squares / members).sqrt_()
 
 
-def global_threshold(magnitudes: Callable[[], Iterable[Tensor]], total: int, fraction: float) -> float:
-    """The magnitude below which `fraction` of all entries lie, from chunks, in two passes of a histogram.
+def global_threshold(magnitudes: Callable[[], Iterable[Tensor]], entries: int, fraction: float, ranks: Ranks = ALONE) -> float:
+    """The magnitude below which `fraction` of all ranks' entries lie, from chunks, in two passes of a histogram.
 
-    magnitudes() yields tensors of any shape; memory stays at one chunk and 65,536 bins. Exact to one part in 65,536 of
-    the range, and never below the smallest value.
+    magnitudes() yields tensors of any shape with this rank's `entries`; memory stays at one chunk and 65,536 bins. Exact to
+    one part in 65,536 of the range, and never below the smallest value.
     """
-    highest = max((float(chunk.max()) for chunk in magnitudes()), default=0.0)
+    highest = ranks.most([max((float(chunk.max()) for chunk in magnitudes()), default=0.0)])[0]
     if highest <= 0:
         return 0.0
     bins = 65536
     counts = torch.zeros(bins, dtype=torch.float64)
     for chunk in magnitudes():
         counts += torch.histc(chunk.float(), bins, 0.0, highest).cpu().double()
+    ranks.sum_([counts])
+    total = ranks.total([entries])[0]
     place = int(torch.searchsorted(counts.cumsum(0), torch.tensor(fraction * total, dtype=torch.float64)))
     return highest * min(place, bins) / bins
 

@@ -11,6 +11,7 @@ from types import FrameType
 
 import psutil
 
+from fanin import torchrun
 from fanin.config import Config, load_config
 from fanin.files import InputError, write_json
 from fanin.tracking import Run
@@ -53,26 +54,30 @@ class _Signals:
             signal.signal(number, signal.SIG_IGN)
 
 
-def run_stage(name: str, main: Callable[[Config, Run], None]) -> None:
+def run_stage(name: str, main: Callable[[Config, Run], None], processes: Callable[[Config], int] = lambda config: 1) -> None:
     """Run a stage's `main(config, run)` and leave the process: exit code 0, 1 (error), 130 (Ctrl-C) or 143 (SIGTERM).
 
     `main` sees Ctrl-C and SIGTERM as KeyboardInterrupt; it may keep what it wants (a checkpoint) and must let it pass.
     InputError becomes one line on stderr, any other exception keeps its traceback. The tracked run ends accordingly.
+    processes: how many of this machine run `main` together; the first of all machines' is the one that is tracked.
     """
-    sys.exit(execute(name, main))
+    sys.exit(execute(name, main, processes))
 
 
-def execute(name: str, main: Callable[[Config, Run], None]) -> int:
+def execute(name: str, main: Callable[[Config, Run], None], processes: Callable[[Config], int] = lambda config: 1) -> int:
     """What `run_stage` does, returning the exit code; signal handlers stay installed."""
     signals = _Signals()
     signals.install()
     run: Run | None = None
+    leads = torchrun.leads()
     code, status, reason = 0, "FINISHED", ""
     try:
         config = load_config()
-        run = Run.start(name, config)
+        torchrun.launch(processes(config))
+        run = Run.start(name, config) if leads else Run(None, None)
         main(config, run)
-        write_json(f"reports/stages/{name}.json", {"stage": name, "seconds": round(_age(), 3)})
+        if leads:
+            write_json(f"reports/stages/{name}.json", {"stage": name, "seconds": round(_age(), 3)})
     except InputError as error:
         code, status, reason = 1, "FAILED", str(error)
         print(f"error: {error}", file=sys.stderr)

@@ -16,7 +16,7 @@ import math
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,19 +77,48 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Sums:
 
     Raises OSError where the disk does not take it.
     """
-    header: dict[str, dict[str, object]] = {}
-    end = 0
-    for key, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
+    header, _ = _header({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
     with _Writer(path) as writer:
-        writer.write(memoryview(len(text).to_bytes(8, "little") + text))
+        writer.write(memoryview(header))
         for tensor in tensors.values():
-            for piece in _bytes_of(tensor.contiguous()).split(_SPAN * BLOCK):
+            for piece in bytes_of(tensor.contiguous()).split(_SPAN * BLOCK):
                 writer.write(memoryview(piece.cpu().numpy()))
     return writer.sums
+
+
+def create_tensors(path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """A safetensors file whose tensors are still to be written, by `write_rows`, from any number of processes."""
+    header, size = _header(shapes)
+    with open(path, "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + size)
+
+
+def write_rows(path: Path, parts: Mapping[str, tuple[int, Tensor]]) -> None:
+    """Write rows into tensors of a file that `create_tensors` made: by name, the first row's number and the rows."""
+    with open(path, "r+b") as file:
+        length = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length - 8))
+        for name, (first, rows) in parts.items():
+            shape = header[name]["shape"]
+            row = math.prod(shape[1:]) * rows.element_size()
+            file.seek(length + header[name]["data_offsets"][0] + (first * row if shape else 0))
+            for piece in bytes_of(rows.contiguous()).split(_SPAN * BLOCK):
+                file.write(memoryview(piece.cpu().numpy()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, int]:
+    """The file's beginning, and the bytes of the tensors that follow it."""
+    header: dict[str, dict[str, object]] = {}
+    end = 0
+    for key, (dtype, shape) in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
+    return len(text).to_bytes(8, "little") + text, end
 
 
 def write_bytes(path: Path, content: bytes) -> Sums:
@@ -192,24 +221,32 @@ def read_tensors(path: Path, sums: Sums, targets: Mapping[str, Tensor]) -> None:
     for key, target in targets.items():
         if (entries[key].dtype, entries[key].shape) != (target.dtype, tuple(target.shape)):
             raise Damaged(f"{path}: {key} is {entries[key].dtype} {entries[key].shape}, not {target.dtype} {target.shape}")
+    read_ranges(path, sums, [(entries[key].start, bytes_of(target)) for key, target in targets.items()])
+
+
+def read_ranges(path: Path, sums: Sums, ranges: Sequence[tuple[int, Tensor]]) -> None:
+    """Fill tensors (contiguous, on any device) with the file's bytes from a place on each; the ranges do not overlap.
+
+    Only the blocks that hold some of them are read and checked. Raises Damaged where one is not what `sums` says.
+    """
     # by place; those without bytes have none
-    layout = sorted((entry.start, entry.stop, key) for key, entry in entries.items() if entry.stop > entry.start)
+    layout = sorted(((start, start + t.numel() * t.element_size(), t) for start, t in ranges if t.numel()), key=lambda r: r[0])
     stops = [stop for _, stop, _ in layout]
+    wanted = sorted({number for start, stop, _ in layout for number in range(start // BLOCK, -(-stop // BLOCK))})
     with _Reader(path, sums) as reader, ThreadPoolExecutor(_READERS) as pool:
 
-        def fill(numbers: range) -> None:
+        def fill(numbers: list[int]) -> None:
             buffer = bytearray(BLOCK)
             for number in numbers:
                 content = torch.frombuffer(reader.block(number, buffer), dtype=torch.uint8)
                 begin, end = number * BLOCK, number * BLOCK + len(content)
-                for start, stop, key in layout[bisect_right(stops, begin) :]:
+                for start, stop, target in layout[bisect_right(stops, begin) :]:
                     if start >= end:
                         break
                     low, high = max(start, begin), min(stop, end)
-                    _bytes_of(targets[key])[low - start : high - start].copy_(content[low - begin : high - begin])
+                    bytes_of(target)[low - start : high - start].copy_(content[low - begin : high - begin])
 
-        blocks = range(len(sums.crc32))
-        running = [pool.submit(fill, blocks[first : first + _SPAN]) for first in blocks[::_SPAN]]
+        running = [pool.submit(fill, wanted[first : first + _SPAN]) for first in range(0, len(wanted), _SPAN)]
         try:
             for future in running:
                 future.result()
@@ -257,6 +294,6 @@ class _Reader:
         return content
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: Tensor) -> Tensor:
     """A contiguous tensor's own memory as a flat uint8 tensor. Raises RuntimeError for one that is not contiguous."""
     return tensor.detach().view(-1).view(torch.uint8)

@@ -1,7 +1,10 @@
 """The training loop: encoder by AdamW, head by its own fused step, rewiring, the auxiliary objective, resumable anywhere.
 
 The state after optimiser step s depends on the settings, the data and s alone, so a run that was killed and goes on from a
-checkpoint ends with exactly the numbers of an unbroken one (same device, threads and library versions).
+checkpoint ends with exactly the numbers of an unbroken one (same device, threads, ranks and library versions).
+
+Ranks (`fanin.ranks`) share a batch's documents and the head's labels: features are gathered, every rank makes the head's
+step on its labels, the gradients of features come back summed, and those of the encoder are summed before its update.
 """
 
 from __future__ import annotations
@@ -38,10 +41,11 @@ from fanin.faults import Signals, finite
 from fanin.files import InputError
 from fanin.metrics import csr, match, precision
 from fanin.model import Classifier
-from fanin.objectives import AuxiliaryObjective
+from fanin.objectives import AuxiliaryObjective, Positives
 from fanin.optim import adamw, set_learning_rate, warmup_cosine
 from fanin.retrieval import rank
 from fanin.rewiring import Schedule
+from fanin.seeds import seed_of
 
 Log = Callable[[dict[str, float], int], None]
 PATIENCE = 10  # steps in a row that may be lost to NaN or infinite values before the run stops
@@ -54,6 +58,7 @@ class Trainer:
     train_rows, validation_rows: ascending rows of `tokens`; meta: [L] the meta-label of each label id, or None without the
     auxiliary objective; checkpoints: the folder for the running state; fingerprint: names settings and data, so that a
     checkpoint of another run is never taken up; log: called with (metrics, step).
+    Where the classifier is shared by ranks, each has a trainer of the same arguments, and all run at the same time.
     """
 
     def __init__(
@@ -71,12 +76,16 @@ class Trainer:
         log: Log = lambda metrics, step: None,
     ) -> None:
         settings = config.train
-        self.config, self.settings, self.classifier = config, settings, classifier
+        self.config, self.settings, self.classifier, self.ranks = config, settings, classifier, classifier.ranks
+        if settings.batch < self.ranks.size:
+            raise InputError(
+                f"train.batch: {settings.batch} documents cannot be shared by {self.ranks.size} processes; use fewer"
+            )
         self.tokens, self.validation_rows = tokens, validation_rows
         self.checkpoints, self.fingerprint, self.log = checkpoints, fingerprint, log
         order = None if classifier.order is None else classifier.order.cpu().numpy()
         label_rows = None if order is None else _inverse(order)
-        self.batches = Batches(tokens, train_rows, settings.batch, config.seed, pad_id, label_rows)
+        self.batches = Batches(tokens, train_rows, settings.batch, config.seed, pad_id, label_rows, self.ranks)
         steps_per_epoch = len(self.batches) / settings.accumulation
         self.total = max(math.ceil(settings.epochs * steps_per_epoch - 1e-9), 1)
         if settings.max_steps is not None:
@@ -98,8 +107,6 @@ class Trainer:
             self.auxiliary.to(classifier.device)
         self.optimizer = self._optimizer()
         classifier.head.prepare_training(settings.momentum)
-        self.generator = torch.Generator(classifier.device).manual_seed(config.seed + 1)
-        torch.manual_seed(config.seed)
         self.step = self.documents = 0
         self.skipped = self._lost = 0  # micro-batches in all; steps in a row until now
         self.seconds = 0.0
@@ -137,6 +144,8 @@ class Trainer:
                 bar.update()
                 if metrics:
                     bar.set_postfix_str(f"loss {metrics['loss']:.2f}, {metrics['documents_per_second']:.0f} documents/s")
+                if self.ranks.size > 1:  # all stop at the same step
+                    self._stop = int(self.ranks.most([self._stop or 0])[0]) or None
                 if self._due(self.settings.validate_every) or (self.step == self.total and self.settings.validate_every):
                     self._validate(bar)
                 if self._stop is not None or (self._due(self.settings.checkpoint_every) and self.step < self.total):
@@ -147,7 +156,8 @@ class Trainer:
             kept = (
                 f"the checkpoint is in {self.checkpoints}" if saved else f"this step is not kept; {last_good(self.checkpoints)}"
             )
-            print(f"stopped at step {self.step} of {self.total}; {kept}", file=sys.stderr)
+            if self.ranks.leads:
+                print(f"stopped at step {self.step} of {self.total}; {kept}", file=sys.stderr)
             signal.raise_signal(self._stop)
             raise KeyboardInterrupt
         self.classifier.head.finish_training()
@@ -155,7 +165,7 @@ class Trainer:
 
     def clear(self) -> None:
         """Remove the checkpoints; to be called when the results are on disk."""
-        clear_checkpoints(self.checkpoints)
+        clear_checkpoints(self.checkpoints, self.ranks)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -168,48 +178,56 @@ class Trainer:
             epoch, skip = epoch + 1, 0
 
     def _train_step(self, stream: Iterator[Batch]) -> dict[str, float]:
-        """One optimiser step; its metrics where they are due.
+        """One optimiser step; its metrics where they are due, of all ranks together.
 
         A micro-batch whose embedding is not finite is left out. Where the encoder's gradient or the loss is not finite,
         the encoder is not stepped. Both depend on the step alone, so a resumed run does the same.
         """
-        settings, classifier, auxiliary = self.settings, self.classifier, self.auxiliary
+        settings, classifier, auxiliary, ranks = self.settings, self.classifier, self.auxiliary, self.ranks
         factor = warmup_cosine(self.step, settings.warmup, self.total)
         coefficient = auxiliary.coefficient(self.step) if auxiliary is not None else 0.0
         logged = (self.step + 1) % settings.log_every == 0 or self.step + 1 == self.total
         main_loss, meta_loss, documents, taken = 0.0, 0.0, 0, 0
         reason = ""
         for micro in range(settings.accumulation):
-            batch = next(stream).to(classifier.device)
-            self.documents += len(batch.rows)
-            share = 1 / (settings.accumulation * len(batch.rows))  # the loss is a mean over documents
-            embedding = classifier.embed(batch.ids, batch.mask)
-            features = classifier.project(embedding)
+            batch, positives, own = self._take(stream)
+            count, number = len(batch.rows), self.step * settings.accumulation + micro
+            self.documents += count
+            share = 1 / (settings.accumulation * count)  # the loss is a mean over documents
+            torch.manual_seed(seed_of(self.config.seed, number, ranks.rank))  # for dropout
+            embedding = classifier.embed(batch.ids, batch.mask) if len(batch.ids) else None
+            features = classifier.project(embedding) if embedding is not None else self._nothing()
+            everyone = ranks.gather(features.detach(), count)
             try:
                 dx, loss = classifier.head.step(
-                    features.detach(),
-                    batch.positives,
+                    everyone,
+                    positives,
                     lr=settings.head_lr * factor,
                     momentum=settings.momentum,
                     weight_decay=settings.head_weight_decay,
                     scale=(1 - coefficient) * share,
-                    seed=self.config.seed + self.step * settings.accumulation + micro,
+                    seed=self.config.seed + number,
                     want_loss=logged,
                 )
             except FloatingPointError as error:  # the head is as it was
                 reason = f"the encoder's output is not finite ({error}; rows {batch.rows[:3].tolist()}... of train.arrow)"
                 self._skip(1, reason)
                 continue
-            outputs: list[Tensor] = [features]
-            gradients: list[Tensor | None] = [dx.mul_((1 - coefficient) * share)]
-            if auxiliary is not None:
-                meta = auxiliary(embedding, batch.positives)
-                outputs.append(meta * (coefficient * share))
-                gradients.append(None)
-                meta_loss += meta.item() if logged else 0.0
-            torch.autograd.backward(outputs, gradients)
-            last, taken, documents = (features, batch.positives), taken + 1, documents + len(batch.rows)
+            dx = ranks.scatter_sum(dx.mul_((1 - coefficient) * share))
+            if embedding is not None:
+                outputs: list[Tensor] = [features]
+                gradients: list[Tensor | None] = [dx]
+                if auxiliary is not None:
+                    meta = auxiliary(embedding, own)
+                    outputs.append(meta * (coefficient * share))
+                    gradients.append(None)
+                    meta_loss += meta.item() if logged else 0.0
+                torch.autograd.backward(outputs, gradients)
+            last, taken, documents = (everyone, positives), taken + 1, documents + count
             main_loss += loss.item() if loss is not None else 0.0
+        if ranks.size > 1 and taken:
+            self._sum_gradients()
+            main_loss, meta_loss = ranks.total([main_loss, meta_loss]) if logged else (0.0, 0.0)
         if taken and not math.isfinite(main_loss + meta_loss):
             reason = f"the loss is {main_loss + meta_loss}"
         elif taken:  # then what was left out does not lose the step
@@ -228,7 +246,7 @@ class Trainer:
                 f"train.encoder_lr ({settings.encoder_lr}) or train.head_lr ({settings.head_lr}); {last_good(self.checkpoints)}"
             )
         if self.schedule.due(self.step) and not self._lost:
-            moved = classifier.head.rewire(self.schedule, self.step, self.generator, *last)
+            moved = classifier.head.rewire(self.schedule, self.step, self.config.seed, *last, ranks)
             self._record("rewiring", moved | {"share": moved["moved"] / max(moved["entries"], 1)})
         if auxiliary is not None and self.step >= self.cutoff_step:
             self._drop_auxiliary()
@@ -240,14 +258,40 @@ class Trainer:
         self._record("train", metrics)
         return metrics
 
+    def _take(self, stream: Iterator[Batch]) -> tuple[Batch, Positives, Positives]:
+        """The next batch on the classifier's device; its positives of this rank's labels, and of this rank's documents."""
+        batch, head = next(stream), self.classifier.head
+        positives = own = batch.positives
+        if self.ranks.size > 1:
+            positives = batch.positives.between(head.first, head.first + head.labels)
+            own = batch.positives.of_documents(*self.ranks.share(len(batch.rows)))
+        device = self.classifier.device
+        return batch.to(device), positives.to(device), own.to(device)
+
+    def _nothing(self) -> Tensor:
+        """Features of no document: a last batch can be smaller than the number of ranks."""
+        return torch.empty(0, self.classifier.head.width, device=self.classifier.device)
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _sum_gradients(self) -> None:
+        """Give every rank the sum of all ranks' gradients, in place."""
+        parameters = self._parameters()
+        used = self.ranks.most([parameter.grad is not None for parameter in parameters])
+        for parameter, anywhere in zip(parameters, used, strict=True):
+            if anywhere and parameter.grad is None:  # no document was this rank's
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.sum_(parameter.grad for parameter in parameters if parameter.grad is not None)
+
     def _gradient_is_finite(self) -> bool:
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
         return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
     def _skip(self, batches: int, reason: str) -> None:
         """Count micro-batches that the encoder does not learn from."""
         self.skipped += batches
-        if self.skipped <= _SAID:
+        if self.skipped <= _SAID and self.ranks.leads:
             tqdm.write(f"step {self.step + 1}: {batches} batch(es) skipped, {self.skipped} so far: {reason}", file=sys.stderr)
         self.log({"skipped_batches": self.skipped}, self.step + 1)
 
@@ -268,13 +312,12 @@ class Trainer:
         if not len(self.validation_rows):
             return
         self.classifier.eval()
-        ranked, _ = rank(self.classifier, self.tokens, self.validation_rows, min(5, self.classifier.head.labels), 256)
+        ranked, _ = rank(self.classifier, self.tokens, self.validation_rows, min(5, self.classifier.labels), 256)
         found = precision(match(ranked, *csr(self.tokens.labels(self.validation_rows))))
         self._record("validation", found)
-        bar.write(
-            f"step {self.step}: validation " + ", ".join(f"{key} {value:.1f}" for key, value in found.items()),
-            file=sys.stderr,
-        )
+        if self.ranks.leads:
+            said = ", ".join(f"{key} {value:.1f}" for key, value in found.items())
+            bar.write(f"step {self.step}: validation {said}", file=sys.stderr)
         self.classifier.train()
 
     def _record(self, curve: str, values: dict[str, float]) -> None:
@@ -283,8 +326,9 @@ class Trainer:
         self.log({prefix + key: value for key, value in values.items()}, self.step)
 
     def _progress(self) -> tqdm:
-        quiet = not sys.stderr.isatty()
-        return tqdm(total=self.total, initial=self.step, unit="step", desc="train", mininterval=10 if quiet else 0.2)
+        interval = 0.2 if sys.stderr.isatty() else 10
+        silent = not self.ranks.leads
+        return tqdm(total=self.total, initial=self.step, unit="step", desc="train", mininterval=interval, disable=silent)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = number
@@ -297,12 +341,9 @@ class Trainer:
         if self.auxiliary is not None:
             tensors |= with_prefix("auxiliary", dict(self.auxiliary.state_dict()))
         tensors |= with_prefix("optimizer", optimizer_tensors(self.optimizer))
-        if self._lost or not finite(tensors.values()):
+        if self._lost or self.ranks.most([not finite(tensors.values())])[0]:
             self._warn("training meets NaN or infinite values; a later step may be whole again")
             return None
-        tensors |= {"rng.torch": torch.get_rng_state(), "rng.rewiring": self.generator.get_state()}
-        if self.classifier.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.classifier.device)
         state = {
             "fingerprint": self.fingerprint,
             "documents": self.documents,
@@ -312,21 +353,31 @@ class Trainer:
             "precision": str(self.classifier.precision).removeprefix("torch."),
         }
         try:
-            return save_checkpoint(self.checkpoints, self.step, tensors, state)
+            return save_checkpoint(self.checkpoints, self.step, tensors, state, self._places(), self.ranks)
         except (InputError, OSError) as error:  # hours of training are worth more than one checkpoint
             self._warn(f"{error}; training goes on")
             return None
 
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """Where this rank's part of the head lies in the whole, by the names of a checkpoint."""
+        if self.ranks.size == 1:
+            return {}
+        head = self.classifier.head
+        return {f"classifier.head.{name}": head.place(name) for name in head.state_dict()}
+
     def _warn(self, problem: str) -> None:
+        if not self.ranks.leads:
+            return
         text = f"warning: step {self.step}: no checkpoint is written: {problem}; {last_good(self.checkpoints)}"
         tqdm.write(text, file=sys.stderr)
 
     def _resume(self) -> None:
-        if resume(self.checkpoints, self.fingerprint, self._restore) is None:
-            clear_checkpoints(self.checkpoints)
+        if resume(self.checkpoints, self.fingerprint, self._restore, self.ranks) is None:
+            self.clear()
             return
         self.resumed_from = self.step
-        print(f"resuming at step {self.step} of {self.total}", file=sys.stderr)
+        if self.ranks.leads:
+            print(f"resuming at step {self.step} of {self.total}", file=sys.stderr)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint. Where that raises Damaged, another one can still be taken up."""
@@ -335,8 +386,7 @@ class Trainer:
         if self.auxiliary is not None and state["step"] < self.cutoff_step:
             targets |= with_prefix("auxiliary", dict(self.auxiliary.state_dict()))
         moments = empty_optimizer_tensors(self.optimizer, of_prefix("optimizer", checkpoint.entries))
-        generators = {key: torch.empty(e.shape, dtype=e.dtype) for key, e in of_prefix("rng", checkpoint.entries).items()}
-        checkpoint.read(targets | with_prefix("optimizer", moments) | with_prefix("rng", generators))
+        checkpoint.read(targets | with_prefix("optimizer", moments), self._places())
 
         self.step, self.documents, self.seconds = state["step"], state["documents"], state["seconds"]
         self.skipped, self.curves = state["skipped"], state["curves"]
@@ -344,10 +394,6 @@ class Trainer:
             self._drop_auxiliary()
         self.classifier.precision = getattr(torch, state["precision"])
         adopt_optimizer_tensors(self.optimizer, moments)
-        torch.set_rng_state(generators["torch"])
-        self.generator.set_state(generators["rewiring"])
-        if "cuda" in generators:
-            torch.cuda.set_rng_state(generators["cuda"], self.classifier.device)
 
 
 def _inverse(order: np.ndarray) -> np.ndarray:

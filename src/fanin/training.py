@@ -25,6 +25,7 @@ from fanin.files import InputError, atomic_path, read_json, sha256, write_json
 from fanin.heads import FixedFanIn
 from fanin.memory.fits import check, job_of
 from fanin.model import Classifier
+from fanin.ranks import ALONE, Ranks
 from fanin.trainer import Log, Trainer
 
 # columns of the curves, in this order; DVC and the report read them
@@ -35,6 +36,8 @@ CURVES = {
 }
 # settings that change how a run is watched, not what it computes
 _WATCHING = ("log_every", "checkpoint_every")
+# and where, which changes the last bits alone
+_MACHINE = ("processes",)
 
 
 def train(
@@ -48,27 +51,32 @@ def train(
     reports: Path = Path("reports"),
     checkpoints: Path = Path("checkpoints"),
     log: Log = lambda metrics, step: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train as `config` says; leaves the model folder, train.json and the curves. Returns train.json's content.
 
-    The checkpoints are removed when all that is on disk. Raises InputError for inputs that are missing or do not fit the
-    settings, where another run uses `checkpoints`, where the run's plan does not fit, and where memory runs out.
+    The checkpoints are removed when all that is on disk. Every one of `ranks` calls this at the same time, with the same
+    folders on a disk that all see; the first one writes and logs. Raises InputError for inputs that are missing or do not
+    fit the settings, where another run uses `checkpoints`, where the run's plan does not fit, and where memory runs out.
     """
     description = read_json(tokens_folder / "tokens.json")
     device = choose_device(config.train.device)
     with ExitStack() as stack:
-        stack.enter_context(sole_run(checkpoints))
-        plan = check(config, description, device)
-        stack.enter_context(memory_explained(job_of(config, description, device), plan, checkpoints))
+        with ranks.agreed(InputError):
+            if ranks.leads:
+                stack.enter_context(sole_run(checkpoints))
+            plan = check(config, description, device, ranks)
+        job = job_of(config, description, device, ranks.size)
+        stack.enter_context(memory_explained(job, plan, checkpoints))
         tokens = TokenSet.open(tokens_folder / "train.arrow")
         true_documents = len(tokens) - description["label_documents"]  # label documents follow the true ones: never held out
         train_rows, validation_rows = split(true_documents, config.train.validation_documents, config.seed)
         train_rows = np.concatenate([train_rows, np.arange(true_documents, len(tokens))])
         order, meta = (_load(clusters_folder / name, description["labels"]) for name in ("order.npy", "meta.npy"))
 
-        classifier = Classifier.build(config, description["labels"], order)
+        classifier = Classifier.build(config, description["labels"], order, ranks=ranks)
         classifier.load_start(start_folder / "head.safetensors")
-        classifier.precision = choose_precision(config.train.precision, device)
+        classifier.precision = ranks.of_first(choose_precision(config.train.precision, device))
         classifier.to(device)
         use_before = _feature_use(classifier)
         rewired = config.rewiring.method != "none"  # where not, no copy of the index is kept
@@ -83,10 +91,12 @@ def train(
             pad_id=description["pad_id"],
             meta=meta,
             checkpoints=checkpoints,
-            fingerprint=_fingerprint(config, tokens_folder, clusters_folder, start_folder),
-            log=log,
+            fingerprint=ranks.of_first(
+                _fingerprint(config, tokens_folder, clusters_folder, start_folder) if ranks.leads else ""
+            ),
+            log=log if ranks.leads else lambda metrics, step: None,
         )
-        optimizer_bytes = classifier.head.bytes()["optimizer"]
+        optimizer_bytes = classifier.head_bytes()["optimizer"]
         trainer.run()
         classifier.save(models, labels)
 
@@ -101,26 +111,28 @@ def train(
             "precision": str(classifier.precision).removeprefix("torch."),
             "device": str(device),
             "threads": torch.get_num_threads(),
+            "processes": ranks.size,
             "resumed_from": trainer.resumed_from,
             "final_loss": trainer.curves["train"][-1]["loss"] if trainer.curves["train"] else None,
             "validation": trainer.curves["validation"][-1] if trainer.curves["validation"] else None,
-            "labels": head.labels,
+            "labels": classifier.labels,
             "features": head.width,
-            "head_bytes": head.bytes() | {"optimizer": optimizer_bytes},
+            "head_bytes": classifier.head_bytes() | {"optimizer": optimizer_bytes},
             "intermediate_bytes": sum(p.numel() * p.element_size() for p in classifier.intermediate.parameters())
             if classifier.intermediate is not None
             else 0,
-            "dense_fp32_bytes": 4 * head.labels * classifier.encoder.width,
-            "peak_rss_mib": _peak_rss_mib(),
+            "dense_fp32_bytes": 4 * classifier.labels * classifier.encoder.width,
+            "peak_rss_mib": ranks.most([_peak_rss_mib()])[0],  # of the fullest process
             "feature_use_start": use_before,
             "feature_use": _feature_use(classifier),
             "moved": _moved(classifier, index_before),
         }
         if device.type == "cuda":
-            summary["peak_allocated_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
-        for curve, columns in CURVES.items():
-            _write_curve(reports / f"{curve}_curve.csv", columns, trainer.curves[curve])
-        write_json(reports / "train.json", summary)
+            summary["peak_allocated_mib"] = ranks.most([torch.cuda.max_memory_allocated(device) / 2**20])[0]
+        if ranks.leads:
+            for curve, columns in CURVES.items():
+                _write_curve(reports / f"{curve}_curve.csv", columns, trainer.curves[curve])
+            write_json(reports / "train.json", summary)
         trainer.clear()
     return summary
 
@@ -140,7 +152,7 @@ def _fingerprint(config: Config, tokens: Path, clusters: Path, start: Path) -> s
     settings = dataclasses.asdict(config)
     for section in ("evaluate", "memory", "tracking"):
         settings.pop(section)
-    for name in _WATCHING:
+    for name in (*_WATCHING, *_MACHINE):
         settings["train"].pop(name)
     inputs = [tokens / "train.arrow", clusters / "order.npy", clusters / "meta.npy", start / "head.safetensors"]
     parts = [json.dumps(settings, sort_keys=True), *(sha256(path) for path in inputs)]
@@ -148,7 +160,9 @@ def _fingerprint(config: Config, tokens: Path, clusters: Path, start: Path) -> s
 
 
 def _feature_use(classifier: Classifier) -> list[int] | None:
-    return classifier.head.feature_use().tolist() if isinstance(classifier.head, FixedFanIn) else None
+    if not isinstance(classifier.head, FixedFanIn):
+        return None
+    return [int(count) for count in classifier.ranks.total(classifier.head.feature_use().tolist())]
 
 
 def _moved(classifier: Classifier, before: torch.Tensor | None) -> float | None:
@@ -164,7 +178,8 @@ def _moved(classifier: Classifier, before: torch.Tensor | None) -> float | None:
         now = after[first : first + rows].to(torch.int32)
         place = torch.searchsorted(old, now).clamp_(max=old.shape[1] - 1)  # rows are ascending
         new += int((old.gather(1, place) != now).sum())
-    return new / before.numel()
+    moved, entries = classifier.ranks.total([new, before.numel()])
+    return moved / entries
 
 
 def _write_curve(path: Path, columns: tuple[str, ...], rows: list[dict[str, float]]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fanin.data.tokens import TokenSet
 from fanin.files import InputError
 from fanin.objectives import Positives
+from fanin.ranks import ALONE, Ranks
 
 WINDOW = 64  # batches sorted by length together: little padding, and still a fresh mix every epoch
 _SPLIT_STREAM = 0x5B117  # keeps the split's random numbers apart from the batches' for the same seed
@@ -19,12 +20,12 @@ _SPLIT_STREAM = 0x5B117  # keeps the split's random numbers apart from the batch
 
 @dataclass
 class Batch:
-    """One micro-batch of B documents, padded to its longest, T tokens."""
+    """One micro-batch of B documents, b of them this rank's to encode (all, where there is one rank), padded to T tokens."""
 
     rows: np.ndarray  # [B] int64 rows of the TokenSet
-    ids: Tensor  # [B, T] int64
-    mask: Tensor  # [B, T] int64, 1 where there is a token
-    positives: Positives
+    ids: Tensor  # [b, T] int64
+    mask: Tensor  # [b, T] int64, 1 where there is a token
+    positives: Positives  # of all B documents
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -37,6 +38,7 @@ class Batches:
 
     An epoch shuffles the documents, sorts each window of 64 batches by length, cuts it into batches and shuffles those.
     `label_rows` [L] gives each label's row of the head, where the head orders its labels in a way of its own.
+    Ranks get the same batches, each the tokens of its own share of a batch's documents.
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class Batches:
         seed: int,
         pad_id: int,
         label_rows: np.ndarray | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._tokens, self._batch, self._seed, self._pad_id = tokens, batch, seed, pad_id
+        self._tokens, self._batch, self._seed, self._pad_id, self._ranks = tokens, batch, seed, pad_id, ranks
         self._rows = np.asarray(rows, dtype=np.int64)
         self._label_rows = None if label_rows is None else np.asarray(label_rows, dtype=np.int64)
         if not self._rows.size:
@@ -78,7 +81,7 @@ class Batches:
 
     def assemble(self, rows: np.ndarray) -> Batch:
         """The batch of these rows, in this order."""
-        ids, mask = collate(self._tokens.ids(rows), self._pad_id)
+        ids, mask = collate(self._tokens.ids(rows[slice(*self._ranks.share(len(rows)))]), self._pad_id)
         labels = self._tokens.labels(rows)
         return Batch(rows, ids, mask, positives(labels, self._label_rows))
 

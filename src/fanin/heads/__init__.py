@@ -21,11 +21,25 @@ STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m
 __all__ = ["STORED", "Bottleneck", "Dense", "FixedFanIn", "Head", "build_head"]
 
 
-def build_head(settings: Any, labels: int, width: int, generator: torch.Generator | None = None) -> Head:
-    """The head that `config.Head` describes, with a random start. Raises InputError where it cannot be built."""
+def build_head(
+    settings: Any,
+    labels: int,
+    width: int,
+    generator: torch.Generator | None = None,
+    part: tuple[int, int] | None = None,
+) -> Head:
+    """The head that `config.Head` describes, with a random start; `part` as in `Head`.
+
+    Raises InputError where it cannot be built.
+    """
     if settings.kind == "dense":
-        return Dense(labels, width, settings.loss, generator)
+        return Dense(labels, width, settings.loss, generator, part=part)
     if settings.kind == "bottleneck":
+        if part is not None and part != (0, labels):
+            raise InputError(
+                "head.kind: bottleneck cannot share its labels over processes (each would need the others' part of the "
+                "projection's gradient); train it in one, or choose dense or fixed_fan_in"
+            )
         return Bottleneck(labels, width, settings.bottleneck, settings.loss, generator)
     try:
         return FixedFanIn(
@@ -38,6 +52,7 @@ def build_head(settings: Any, labels: int, width: int, generator: torch.Generato
             dtype=STORED[settings.dtype],
             rounding=settings.rounding,
             backend=settings.backend,
+            part=part,
         )
     except Unavailable as reason:
         raise InputError(f"head.backend: {reason}; set it to auto") from None

@@ -12,6 +12,9 @@ from fanin.heads.head import Head
 from fanin.kernels import Update
 from fanin.kernels.reference import logit_gradient_, tile_ranges
 from fanin.objectives import Positives
+from fanin.seeds import blocks, drawn_from, uniform
+
+_BLOCK = 2**12  # labels whose random start is drawn together
 
 
 class Dense(Head):
@@ -23,10 +26,22 @@ class Dense(Head):
 
     weight: Tensor
 
-    def __init__(self, labels: int, width: int, loss: str = "bce", generator: torch.Generator | None = None) -> None:
-        super().__init__(labels, width, loss)
-        bound = 1 / math.sqrt(width)
-        self.register_buffer("weight", torch.empty(labels, width).uniform_(-bound, bound, generator=generator))
+    def __init__(
+        self,
+        labels: int,
+        width: int,
+        loss: str = "bce",
+        generator: torch.Generator | None = None,
+        *,
+        part: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(labels, width, loss, part)
+        bound, size, seed = 1 / math.sqrt(width), min(_BLOCK, labels), drawn_from(generator)
+        self.register_buffer("weight", torch.empty(self.labels, width))
+        for number, start, stop in blocks(self.first, self.first + self.labels, size):
+            offset = self.first + start - number * size
+            drawn = uniform(seed, number, slice(offset, offset + stop - start), (size, width))
+            self.weight[start:stop].copy_(drawn.mul_(2 * bound).sub_(bound))
         self.prepare_training(0.0)
 
     def _momenta(self) -> list[tuple[str, Tensor, torch.dtype]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,17 @@ from fanin.heads.head import Head
 from fanin.kernels import Backend, Layer, Update
 from fanin.kernels.layer import FAN_IN_LIMIT, WEIGHT_TYPES, decode, index_dtype
 from fanin.objectives import Positives
+from fanin.ranks import ALONE, Ranks
+from fanin.seeds import blocks, drawn_from, seed_of, uniform
+
+
+class _Rows(NamedTuple):
+    """A chunk of own index rows: start..stop-1, which are `within` the whole head's block of that number."""
+
+    start: int
+    stop: int
+    block: int
+    within: slice
 
 
 class FixedFanIn(Head):
@@ -41,8 +53,11 @@ class FixedFanIn(Head):
         dtype: torch.dtype = torch.float32,
         rounding: str = "stochastic",
         backend: str = "auto",
+        part: tuple[int, int] | None = None,
     ) -> None:
-        super().__init__(labels, width, loss)
+        super().__init__(labels, width, loss, part)
+        if self.first % group:
+            raise ValueError(f"part must begin with a whole group of {group} labels, found {self.first}")
         if fan_in > width:
             raise InputError(
                 f"head.fan_in: {fan_in} is above the {width} features that the head reads; lower it, or raise head.intermediate"
@@ -53,14 +68,16 @@ class FixedFanIn(Head):
             raise InputError(f"head.dtype: {dtype} is not one of {', '.join(map(str, WEIGHT_TYPES))}")
         self.fan_in, self.group, self.rounding, self.backend = fan_in, group, rounding, backend
         kernels.backend(backend)  # a name that cannot run is an error now
-        bound = 1 / math.sqrt(fan_in)
-        self.register_buffer("weight", torch.empty(labels, fan_in, dtype=dtype))
-        self.register_buffer("index", torch.empty(-(-labels // group), fan_in, dtype=index_dtype(width)))
-        for start, stop in self._row_chunks():
-            score = torch.rand(stop - start, width, generator=generator)
-            self.index[start:stop].copy_(score.topk(fan_in, dim=1).indices.sort(dim=1).values)
-            part = self._labels_of(self.weight, start, stop)
-            part.copy_(torch.empty(part.shape).uniform_(-bound, bound, generator=generator))
+        bound, size, seed = 1 / math.sqrt(fan_in), self._block, drawn_from(generator)
+        self.register_buffer("weight", torch.empty(self.labels, fan_in, dtype=dtype))
+        self.register_buffer("index", torch.empty(-(-self.labels // group), fan_in, dtype=index_dtype(width)))
+        for rows in self._row_chunks():
+            score = uniform(seed, 2 * rows.block, rows.within, (size, width))
+            self.index[rows.start : rows.stop].copy_(score.topk(fan_in, dim=1).indices.sort(dim=1).values)
+            own = self._labels_of(self.weight, rows.start, rows.stop)
+            members = slice(rows.within.start * group, rows.within.start * group + len(own))
+            drawn = uniform(seed, 2 * rows.block + 1, members, (size * group, fan_in))
+            own.copy_(drawn.mul_(2 * bound).sub_(bound))
         self.prepare_training(0.0)
 
     def prepare_training(self, momentum: float) -> None:
@@ -82,17 +99,23 @@ class FixedFanIn(Head):
             momentum=self.momentum,
             bias_momentum=self.bias_momentum,
             compensation=self.compensation,
+            first=self.first,
         )
 
     def _kernels(self) -> Backend:
         return kernels.backend(self.backend, self.weight.device, self.weight.dtype)
 
-    def _row_chunks(self) -> Iterator[tuple[int, int]]:
-        """Chunks of index rows for which a [rows * G, D'] dense gradient takes about 16 MiB."""
-        rows = -(-self.labels // self.group)
-        size = max(2**22 // (self.width * self.group), 1)
-        for start in range(0, rows, size):
-            yield start, min(start + size, rows)
+    @property
+    def _block(self) -> int:
+        """Index rows for which a [rows * G, D'] dense gradient takes about 16 MiB."""
+        return min(max(2**22 // (self.width * self.group), 1), -(-self.whole // self.group))
+
+    def _row_chunks(self) -> Iterator[_Rows]:
+        """Own index rows, a block of the whole head or its part at a time."""
+        first, size = self.first // self.group, self._block
+        for number, start, stop in blocks(first, first + -(-self.labels // self.group), size):
+            offset = first + start - number * size
+            yield _Rows(start, stop, number, slice(offset, offset + stop - start))
 
     def _step(self, x: Tensor, positives: Positives, update: Update, want_loss: bool) -> tuple[Tensor, Tensor | None]:
         return self._kernels().step(x, self.layer(), positives.labels, positives.documents, update, self.loss, want_loss)
@@ -107,41 +130,39 @@ class FixedFanIn(Head):
 
     @torch.no_grad()
     def rewire(
-        self, schedule: rewiring.Schedule, step: int, generator: torch.Generator, x: Tensor, positives: Positives
+        self, schedule: rewiring.Schedule, step: int, seed: int, x: Tensor, positives: Positives, ranks: Ranks = ALONE
     ) -> dict[str, float]:
         """Prune and regrow in place, chunk by chunk; regrown weights and their momenta start at zero.
 
-        x [B, D'] and its positives give RigL's dense gradient (in chunks, only now).
-        Returns entries, pruned, and moved (those that read another feature now).
+        x [B, D'] and its positives give RigL's dense gradient (in chunks, only now); `seed` and `step` SET's random numbers.
+        Returns, of all ranks together, entries, pruned, and moved (those that read another feature now).
         """
         amount = schedule.amount_at(step)
         if schedule.prune == "global":
-            amount = rewiring.global_threshold(self._magnitudes, self.index.numel(), amount)
+            amount = rewiring.global_threshold(self._magnitudes, self.index.numel(), amount, ranks)
         pruned = moved = 0
         layer = self.layer()
-        for start, stop in self._row_chunks():
-            part = layer.part(start * self.group, min(stop * self.group, self.labels))
+        for rows in self._row_chunks():
+            start = rows.start * self.group
+            part = layer.part(start, min(rows.stop * self.group, self.labels))
             mask = rewiring.pruned_mask(rewiring.magnitude(decode(part.weight), self.group), schedule.prune, amount)
-            new = self._regrown(part, mask, schedule.method, generator, x.detach(), positives)
+            if schedule.method == "rigl":
+                most = max(int(mask.sum(dim=1).max()), 1)
+                own = positives.between(start, start + part.labels)
+                found = self._kernels().candidates(x.detach(), part, own.labels, own.documents, most, self.loss)
+                new = rewiring.regrow_from(part.index, mask, found)
+            else:
+                score = uniform(seed_of(seed, step), rows.block, rows.within, (self._block, self.width), x.device)
+                new = rewiring.regrow(part.index, mask, score)
             pruned += int(mask.sum())
             tensors = (part.weight, part.momentum, part.compensation)
             moved += rewiring.move_(part.index, new, mask, [t for t in tensors if t is not None], self.group)
-        return {"entries": self.index.numel(), "pruned": pruned, "moved": moved}
-
-    def _regrown(
-        self, part: Layer, mask: Tensor, method: str, generator: torch.Generator, x: Tensor, positives: Positives
-    ) -> Tensor:
-        """New int64 indices of `part`'s rows, others where `mask`."""
-        if method == "rigl":
-            most = max(int(mask.sum(dim=1).max()), 1)
-            own = positives.between(part.first, part.first + part.labels)
-            candidates = self._kernels().candidates(x, part, own.labels, own.documents, most, self.loss)
-            return rewiring.regrow_from(part.index, mask, candidates)
-        return rewiring.regrow(part.index, mask, torch.rand(len(mask), self.width, generator=generator, device=x.device))
+        counts = ranks.total([self.index.numel(), pruned, moved])
+        return dict(zip(("entries", "pruned", "moved"), map(int, counts), strict=True))
 
     def _magnitudes(self) -> Iterator[Tensor]:
-        for start, stop in self._row_chunks():
-            yield rewiring.magnitude(decode(self._labels_of(self.weight, start, stop)), self.group)
+        for rows in self._row_chunks():
+            yield rewiring.magnitude(decode(self._labels_of(self.weight, rows.start, rows.stop)), self.group)
 
     def _labels_of(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         return tensor[start * self.group : min(stop * self.group, self.labels)]
@@ -149,13 +170,18 @@ class FixedFanIn(Head):
     def feature_use(self) -> Tensor:
         """How many index entries, each counted for all labels of its row, read each feature: int64 [D']."""
         use = torch.zeros(self.width, dtype=torch.int64, device=self.index.device)
-        for start, stop in self._row_chunks():
+        for start, stop, *_ in self._row_chunks():
             rows = self.index[start:stop].to(torch.int64)
             members = torch.full((len(rows), 1), self.group, dtype=torch.int64, device=rows.device)
             if stop * self.group > self.labels:
                 members[-1] = self.labels - (stop - 1) * self.group
             use.index_add_(0, rows.reshape(-1), members.expand_as(rows).reshape(-1))
         return use
+
+    def place(self, name: str) -> tuple[int, int]:
+        if name == "index":
+            return self.first // self.group, -(-self.whole // self.group)
+        return super().place(name)
 
     def _check_state(self, state: dict[str, Tensor], source: str) -> None:
         super()._check_state(state, source)

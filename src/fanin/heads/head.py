@@ -13,6 +13,7 @@ from fanin.files import InputError
 from fanin.kernels import Update
 from fanin.kernels.layer import LOSSES
 from fanin.objectives import Positives
+from fanin.ranks import ALONE, Ranks
 
 _TRAINING_BUFFERS = ("momentum", "bias_momentum", "projection_momentum", "compensation")
 
@@ -20,20 +21,23 @@ _TRAINING_BUFFERS = ("momentum", "bias_momentum", "projection_momentum", "compen
 class Head(nn.Module, ABC):
     """What every head has: a step on embeddings and targets, logits, top-k, rewiring, its bytes.
 
-    labels: L; width: D', the features it reads; loss: bce or squared_hinge.
+    labels: L; width: D', the features it reads; loss: bce or squared_hinge; part: the first and one past the last of the
+    labels that this process holds, where it shares them with other ranks (whole groups of them). Everywhere below, L and
+    the numbers of labels are then those of its own part; random numbers are those of the whole.
     """
 
     bias: Tensor
     momentum: Tensor | None
     bias_momentum: Tensor | None
 
-    def __init__(self, labels: int, width: int, loss: str = "bce") -> None:
+    def __init__(self, labels: int, width: int, loss: str = "bce", part: tuple[int, int] | None = None) -> None:
         super().__init__()
         if loss not in LOSSES:
             raise InputError(f"head.loss: {loss!r} is not one of {', '.join(LOSSES)}")
-        self.labels, self.width, self.loss = labels, width, loss
+        self.first, last = part or (0, labels)
+        self.whole, self.labels, self.width, self.loss = labels, last - self.first, width, loss
         # a label that never fires: the logit of one label a document, or the hinge's margin
-        self.register_buffer("bias", torch.full((labels,), -math.log(labels + 1) if loss == "bce" else -1.0))
+        self.register_buffer("bias", torch.full((self.labels,), -math.log(labels + 1) if loss == "bce" else -1.0))
 
     # training -----------------------------------------------------------------------------------------------------
 
@@ -96,7 +100,7 @@ class Head(nn.Module, ABC):
         """The momenta's names, each with a tensor of its shape and its type."""
 
     def rewire(
-        self, schedule: rewiring.Schedule, step: int, generator: torch.Generator, x: Tensor, positives: Positives
+        self, schedule: rewiring.Schedule, step: int, seed: int, x: Tensor, positives: Positives, ranks: Ranks = ALONE
     ) -> dict[str, float]:
         """Prune and regrow; only a sparse head can."""
         raise InputError(f"rewiring.method: {schedule.method} needs head.kind fixed_fan_in; set rewiring.method to none")
@@ -119,6 +123,10 @@ class Head(nn.Module, ABC):
         """What `topk` does, on a checked k."""
 
     # state --------------------------------------------------------------------------------------------------------
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Which row of the whole head's tensor `name` this part's first row is, and how many the whole has."""
+        return self.first, self.whole
 
     def bytes(self) -> dict[str, int]:
         """Bytes held: weights, indices, bias, optimizer."""

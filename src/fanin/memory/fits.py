@@ -16,6 +16,7 @@ from fanin.memory.job import MIB, Job, available
 from fanin.memory.peaks import pin_allocator
 from fanin.memory.plan import Plan
 from fanin.memory.shapes import EncoderShape
+from fanin.ranks import ALONE, Ranks
 
 # What the first training step loads beside what is imported by then: transformers' model code and torch's optimisers on a
 # CPU (205 MiB measured), the libraries' workspaces on a GPU.
@@ -38,16 +39,18 @@ def job_of(config: Config, description: Mapping[str, Any], device: torch.device,
     )
 
 
-def check(config: Config, description: Mapping[str, Any], device: torch.device, ranks: int = 1) -> Plan:
+def check(config: Config, description: Mapping[str, Any], device: torch.device, ranks: Ranks = ALONE) -> Plan:
     """Plan this run's training step, to be built in this process on `device`, before anything of it is built.
 
-    description: data/tokens/tokens.json. Raises InputError, with the plan's figures and the settings to change, where the
-    step cannot fit into what is free on the GPU, or on a CPU in the system and its control group. Where only the
-    allocator's slack would not fit, says so on stderr; on a CPU the allocator then keeps nothing back from now on, which
-    costs some time. Returns the plan of what is still to be taken.
+    description: data/tokens/tokens.json; ranks: on a CPU those of one machine share its memory. Raises InputError, with the
+    plan's figures and the settings to change, where the step cannot fit into what is free on the GPU, or on a CPU in the
+    system and its control group. Where only the allocator's slack would not fit, says so on stderr; on a CPU the allocator
+    then keeps nothing back from now on, which costs some time. Returns the plan of what is still to be taken.
     """
-    job = job_of(config, description, device, ranks)
+    job = job_of(config, description, device, ranks.size)
     first_use, room = FIRST_USE["cpu" if device.type == "cpu" else "cuda"], available(device)
+    if device.type == "cpu":
+        room //= ranks.local
     plan = job.plan(first_use)
     if plan.peak > room:
         raise InputError(f"train: this run does not fit: {refusal(job, plan, room)}")

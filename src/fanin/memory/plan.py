@@ -135,10 +135,10 @@ def predict(
     """Plan a training step of micro-batches [B, T] on `labels` labels.
 
     head: the head's settings, config.head unless given; precision: float32, or bfloat16 for autocast; device: cpu or cuda;
-    documents: to train on; ranks: processes that share the labels, each with a batch of its own (the plan is one rank's).
+    documents: to train on; ranks: processes that share the labels and a batch's documents (the plan is one rank's).
     """
     head = head or config.head
-    labels = -(-labels // ranks)
+    labels, own = -(-labels // ranks), -(-batch // ranks)
     width = encoder.width(config)
     features = head.intermediate or width
     layer = head.intermediate * (width + 1)
@@ -148,16 +148,16 @@ def predict(
     moments = MOMENTS[config.train.encoder_moments].itemsize
     checkpointing = config.encoder.checkpointing
 
-    embedding = _FLOAT * batch * width * (2 if config.encoder.dropout else 1)
-    tail = embedding + _FLOAT * batch * features * (2 if head.activation == "relu" and head.intermediate else 1)
-    activations = encoder.saved(batch, tokens, device, precision, checkpointing) + tail
-    forward, backward = encoder.temporaries(batch, tokens, device, precision, checkpointing)
+    embedding = _FLOAT * own * width * (2 if config.encoder.dropout else 1)
+    tail = embedding + _FLOAT * own * features * (2 if head.activation == "relu" and head.intermediate else 1)
+    activations = encoder.saved(own, tokens, device, precision, checkpointing) + tail
+    forward, backward = encoder.temporaries(own, tokens, device, precision, checkpointing)
     order = 0 if head.group == 1 else 12 if device == "cpu" else 4  # int32, and its inverse as int64 on the host
-    branch = 2 * _FLOAT * batch * meta  # targets and logits
+    branch = 2 * _FLOAT * own * meta  # targets and logits
     waiting = _FLOAT * trained if config.train.accumulation > 1 else 0  # gradients of earlier micro-batches
     gradients = _FLOAT * (trained + meta * (width + 1))
-    gathered = 2 * _FLOAT * ranks * batch * features if ranks > 1 else 0  # all ranks' x and dx
-    step = step_buffers(head, labels, features, ranks * batch, device) + gathered
+    gathered = 3 * _FLOAT * batch * features if ranks > 1 else 0  # all ranks' x, as it comes and in order, and dx
+    step = step_buffers(head, labels, features, batch, device) + gathered
     # fused in float32: none; below it a chunk in float32 with its noise
     updating = 0 if moments == _FLOAT else 7 * _FLOAT * min(CHUNK, encoder.vocabulary * encoder.hidden)
     phases = {
@@ -171,7 +171,7 @@ def predict(
         "update": Phase(gradients=gradients, temporaries=updating),
     }
     if head.kind == "fixed_fan_in" and config.rewiring.method != "none":
-        rewire = rewire_buffers(head, labels, features, ranks * batch, config.rewiring.method, config.rewiring.prune)
+        rewire = rewire_buffers(head, labels, features, batch, config.rewiring.method, config.rewiring.prune)
         phases["rewire"] = Phase(temporaries=rewire + tail)
     return Plan(
         baseline=baseline,
@@ -183,7 +183,7 @@ def predict(
         other=(_FLOAT + 2 * moments) * meta * (width + 1) + labels * ((8 if meta else 0) + order),
         loader=_LOADER * documents if device == "cpu" else 0,
         slack_share=_SLACK["cpu" if device == "cpu" else "cuda"],
-        least_slack=_KEPT_LAYERS * encoder.layer(batch, tokens, device, precision) if checkpointing and device == "cpu" else 0,
+        least_slack=_KEPT_LAYERS * encoder.layer(own, tokens, device, precision) if checkpointing and device == "cpu" else 0,
         phases=phases,
     )
 
