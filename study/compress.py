@@ -25,7 +25,7 @@ from fanin.kernels.layer import index_dtype
 from study import experiment
 from study.corpora import WORK, Corpus, prepare
 from study.methods import Method
-from study.records import origin, quality, sizes
+from study.records import data_facts, origin, quality, sizes
 
 BLOCK = 64  # weights that share a scale
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of the block's largest weight
@@ -40,7 +40,7 @@ def run(method: Method, corpus: Corpus, parent: Mapping[str, Any]) -> dict[str, 
     revision = experiment.find(parent["experiment"])
     if revision is None:
         raise InputError(f"{method.name}: the experiment {parent['experiment']} is gone; remove its record, and it runs again")
-    prepare(corpus)
+    about = prepare(corpus)
     config = corpus.config(dict(parent["settings"]))
     with tempfile.TemporaryDirectory(dir=WORK) as place:
         models, out = Path(place) / "models", Path(place) / "reports"
@@ -55,6 +55,7 @@ def run(method: Method, corpus: Corpus, parent: Mapping[str, Any]) -> dict[str, 
         "kind": "compressed",
         "corpus": corpus.name,
         "seed": parent["seed"],
+        **data_facts(about),
         **quality(evaluation),
         **sizes(stored, round(parent["shared_mib"] * 2**20), description["labels"], description["width"]),
         **{name: parent[name] for name in same},

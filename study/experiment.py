@@ -21,7 +21,7 @@ from fanin.files import InputError
 from fanin.tracking.pipelines import NAME_VARIABLE, TAGS_VARIABLE
 from study.corpora import WORK, Corpus
 from study.methods import Method
-from study.records import origin, quality, sizes
+from study.records import data_facts, origin, quality, sizes
 from study.rival import run_group
 from study.tracking import run_name, study_tags
 
@@ -75,6 +75,7 @@ def read(method: Method, corpus: Corpus, seed: int, revision: str, overrides: Ma
         "kind": "trained",
         "corpus": corpus.name,
         "seed": seed,
+        **data_facts(_json(revision, "data/corpus/corpus.json")),
         **quality(evaluation),
         **sizes(training["head_bytes"], training["intermediate_bytes"], labels, width, itemsize),
         "train_seconds": training["seconds"],

@@ -19,6 +19,7 @@ from fanin.files import InputError, read_json, write_json
 RESULTS = Path("benchmarks/results")
 FIGURES = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5", "nDCG@5")
 BY_FREQUENCY = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5", "recall@5")
+DATA = ("train_documents", "test_documents", "labels", "labels_seen_once", "labels_per_document", "checksum")
 _MIB = 2**20
 
 
@@ -97,6 +98,11 @@ def sizes(head_bytes: Mapping[str, int], shared_bytes: int, labels: int, width: 
         "shared_mib": round(shared_bytes / _MIB, 4),
         "dense_mib": round((labels * width * itemsize + 4 * labels) / _MIB, 4),
     }
+
+
+def data_facts(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record keeps of corpus.json."""
+    return {"data": {name: about[name] for name in DATA}}
 
 
 def origin() -> dict[str, Any]:

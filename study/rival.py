@@ -14,7 +14,7 @@ import numpy as np
 from fanin.files import InputError, read_json, sha256
 from study.corpora import Corpus, identity, prepare
 from study.methods import Method
-from study.records import origin, quality, scored
+from study.records import data_facts, origin, quality, scored
 
 PYTHON = Path(".venv-rivals/bin/python")
 SCRIPT = Path("study/rivals/run.py")
@@ -33,7 +33,7 @@ def key(corpus: Corpus) -> str:
 def run(method: Method, corpus: Corpus, seed: int) -> dict[str, Any]:
     """Train and rank; returns the record. Raises Unavailable without the package, InputError where the rival fails."""
     began = time.monotonic()
-    prepare(corpus)
+    about = prepare(corpus)
     folder = corpus.folder / "rivals" / method.name
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
@@ -54,6 +54,7 @@ def run(method: Method, corpus: Corpus, seed: int) -> dict[str, Any]:
         "kind": "rival",
         "corpus": corpus.name,
         "seed": seed,
+        **data_facts(about),
         **quality(evaluation),
         "model_mib": round(told["model_bytes"] / _MIB, 3),
         "train_seconds": told["train_seconds"],

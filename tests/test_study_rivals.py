@@ -16,6 +16,7 @@ from fanin.files import InputError, write_json
 from study import rival
 from study.corpora import Corpus
 from study.methods import RIVALS, Method
+from study.records import DATA
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is the rivals' own")
@@ -39,7 +40,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     labels = {"id": pa.array(range(LABELS), pa.int32()), "text": [f"l{i}" for i in range(LABELS)]}
     pq.write_table(pa.table(labels | {"frequency": pa.array([60] * LABELS, pa.int32())}), folder / "labels.parquet")
     write_json(folder / "corpus.json", {"train_documents": 240})
-    monkeypatch.setattr(rival, "prepare", lambda corpus: {})
+    monkeypatch.setattr(rival, "prepare", lambda corpus: dict.fromkeys(DATA, 1))
     monkeypatch.setattr(rival, "SCRIPT", ROOT / "study/rivals/run.py")
     monkeypatch.setattr(rival, "PYTHON", Path(sys.executable))
     return made
@@ -53,7 +54,7 @@ def test_nearest_neighbours_find_the_labels_that_the_words_name(corpus: Corpus) 
     assert record["peak_mib"] > 10
     assert record["settings"]["tfidf"]["ngram_range"] == [1, 2]
     assert record["rival_versions"]["scikit-learn"]
-    assert {"head", "torso", "tail", "train_seconds", "commit", "device"} <= set(record)
+    assert {"head", "torso", "tail", "train_seconds", "commit", "device", "data"} <= set(record)
 
 
 @needs_sklearn
