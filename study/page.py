@@ -1,8 +1,8 @@
 """Renew what docs/study.md takes from the records: `python -m study.page` (`make study-page`).
 
-Between `<!-- records: near -->` and `<!-- end -->` stands what is generated for a corpus: what it holds, where it was measured,
-tables, plots (docs/study/<corpus>-<device>/). Everything outside is written by hand. With --check nothing is written, and the exit code is 1
-where the page is not what the records say.
+Between `<!-- records: near -->` and `<!-- end -->` stands what is generated for a corpus: what it holds, where it was
+measured, tables, plots (docs/study/<corpus>-<device>/). Everything outside is written by hand. With --check nothing is
+written, and the exit code is 1 where the page is not what the records say.
 """
 
 from __future__ import annotations
@@ -52,14 +52,11 @@ def _measured(records: Sequence[Mapping[str, Any]], path: Path) -> str:
     """What the corpus holds, and where and by which commits the records of a file were made."""
     device = records[0]["device"]
     data = next((record["data"] for record in records if "data" in record), None)
-    corpus = (
-        ""
-        if data is None
-        else (
-            f"{data['train_documents']:,} training documents, {data['test_documents']:,} test documents, {data['labels']:,} labels of which "
-            f"{data['labels_seen_once']:,} have one training document, {data['labels_per_document']:.1f} labels a document.\n\n"
-        )
-    )
+    corpus = ""
+    if data is not None:
+        documents = f"{data['train_documents']:,} training documents, {data['test_documents']:,} test documents"
+        labels = f"{data['labels']:,} labels of which {data['labels_seen_once']:,} have one training document"
+        corpus = f"{documents}, {labels}, {data['labels_per_document']:.1f} labels a document.\n\n"
     commits = sorted({record["commit"][:12] + ("-dirty" if record["commit"].endswith("-dirty") else "") for record in records})
     return corpus + f"{len(records)} records, {device}, commit {', '.join(commits)} (`{path.as_posix()}`)."
 

@@ -50,6 +50,7 @@ def record(method: str, seed: int, p1: float, **more: Any) -> dict[str, Any]:
         | splits
         | curve
         | told
+        | {"data": data}
         | more
     )
 
