@@ -135,7 +135,8 @@ def record_dataset(pipeline: Journal, corpus: dict[str, Any]) -> None:
 def record_results(pipeline: Journal, workspace: Path, stage: str) -> None:
     """After a stage (or, with "" for it, after all): its headline numbers and files to the pipeline run."""
     reports = workspace / "reports"
-    for name, prefix, made_by in (("metrics.json", "", "evaluate"), ("memory.json", "memory/", "memory")):
+    results = (("metrics.json", "", "evaluate"), ("train.json", "train/", "train"), ("memory.json", "memory/", "memory"))
+    for name, prefix, made_by in results:
         if (reports / name).exists() and stage in (made_by, LAST_STAGE, ""):
             values = {prefix + key: value for key, value in numbers(read_json(reports / name)).items()}
             known = _recorded(pipeline)
