@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from fanin import provenance
 from fanin.config import Config
 from fanin.data.corpus import build_corpus
 from fanin.data.tokens import tokenize_corpus
@@ -23,17 +24,23 @@ WORK = Path(".study")  # ignored by git: corpora, predictions, logs
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus of the study. settings: over params.yaml; files: ignored folders that an experiment's copy needs."""
+    """A corpus of the study. settings: over params.yaml; raw: folders whose files git may ignore, but a copy needs."""
 
     name: str
     title: str
     settings: dict[str, Any] = field(default_factory=dict)
-    files: tuple[str, ...] = ()
+    raw: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
         """Where the study keeps its copy, made by `prepare`."""
         return WORK / self.name
+
+    def ignored_files(self) -> list[str]:
+        """Raw files that git ignores: the copy of the project in which an experiment runs would lack them."""
+        if not self.raw:
+            return []
+        return (provenance.git("ls-files", "--others", "--ignored", "--exclude-standard", "--", *self.raw) or "").splitlines()
 
     def config(self, settings: dict[str, Any] | None = None, root: Path = Path()) -> Config:
         """The configuration of a run on this corpus, with `settings` over it."""

@@ -93,8 +93,8 @@ def read(method: Method, corpus: Corpus, seed: int, revision: str, overrides: Ma
 
 def _command(name: str, corpus: Corpus, overrides: Mapping[str, Any]) -> list[str]:
     sets = [word for key, value in overrides.items() for word in ("-S", f"{key}={_plain(value)}")]
-    copied = [word for path in corpus.files for word in ("--copy-paths", path)]
-    dvc = ["dvc", "exp", "run", "--temp", "--force", "-q", "--name", name, *copied, *sets, TARGET]
+    copied = [word for path in corpus.ignored_files() for word in ("--copy-paths", path)]
+    dvc = ["dvc", "exp", "run", "--temp", "--force", "--name", name, *copied, *sets, TARGET]
     # --force only replaces an experiment of this name that git has and `find` does not: a broken one
     return [sys.executable, "-m", "fanin.tracking", "run", "--", sys.executable, "-m", *dvc]
 
