@@ -21,8 +21,8 @@ from fanin.files import InputError
 from fanin.tracking.pipelines import NAME_VARIABLE, TAGS_VARIABLE
 from study.corpora import WORK, Corpus
 from study.methods import Method
+from study.processes import run_group
 from study.records import data_facts, origin, quality, sizes
-from study.rival import run_group
 from study.tracking import run_name, study_tags
 
 TARGET = "evaluate"  # the last stage that a record needs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from fanin import metrics, provenance
 from fanin.config import Evaluate
 from fanin.evaluation import SPLITS, score
 from fanin.files import InputError, read_json, write_json
+from study.corpora import WORK
 
 RESULTS = Path("benchmarks/results")
 FIGURES = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5", "nDCG@5")
@@ -36,17 +38,31 @@ def record_file(corpus: str, folder: Path = RESULTS) -> Path:
 
 
 class Records:
-    """The records in one file, one a (method, seed); each addition is on disk when `add` returns."""
+    """The records in one file, one a (method, seed); each addition is on disk when `add` returns.
+
+    Several studies may add to one file at the same time.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.all: list[dict[str, Any]] = read_json(path) if path.exists() else []
+        self.all: list[dict[str, Any]] = []
+        self._read()
+
+    def _read(self) -> None:
+        self.all = read_json(self.path) if self.path.exists() else []
 
     def find(self, method: str, seed: int) -> dict[str, Any] | None:
         return next((r for r in self.all if (r["method"], r["seed"]) == (method, seed)), None)
 
     def add(self, record: dict[str, Any]) -> None:
         """Add a record in place of an older one of the same method and seed."""
+        WORK.mkdir(exist_ok=True)
+        with open(WORK / f"{self.path.stem}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            self._read()
+            self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
         others = [r for r in self.all if (r["method"], r["seed"]) != (record["method"], record["seed"])]
         self.all = sorted([*others, record], key=lambda r: (r["method"], r["seed"]))
         write_json(self.path, self.all)

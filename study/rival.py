@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fanin.files import InputError, read_json, sha256
-from study.corpora import Corpus, identity, prepare
+from fanin.files import InputError, read_json
+from study.corpora import Corpus, prepare
 from study.methods import Method
+from study.processes import run_group
 from study.records import data_facts, origin, quality, scored
 
 PYTHON = Path(".venv-rivals/bin/python")
@@ -23,11 +21,6 @@ _MIB = 2**20
 
 class Unavailable(InputError):
     """The rival's package is not there; the study says so and goes on."""
-
-
-def key(corpus: Corpus) -> str:
-    """What a rival's result depends on, beside its name and seed."""
-    return f"{identity(corpus)} {sha256(SCRIPT)}"
 
 
 def run(method: Method, corpus: Corpus, seed: int) -> dict[str, Any]:
@@ -66,21 +59,3 @@ def run(method: Method, corpus: Corpus, seed: int) -> dict[str, Any]:
         "threads": told["threads"],
         "wall_seconds": round(time.monotonic() - began, 1),
     }
-
-
-def run_group(words: list[str], log: Any, environment: dict[str, str] | None = None) -> int:
-    """Run a command in a process group of its own; where this process is stopped, the group gets SIGTERM first.
-
-    Returns the exit code.
-    """
-    process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
-    try:
-        return process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        raise

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fanin.files import InputError
@@ -156,3 +161,25 @@ def test_words_of_the_command_line() -> None:
     assert setting("head.kind=dense") == ("head.kind", "dense")
     with pytest.raises(Exception, match="is not a setting"):
         setting("train.max_steps")
+
+
+def test_what_the_study_started_is_stopped_with_it(tmp_path: Path) -> None:
+    """SIGTERM to the study ends the command's whole process group, children of children too."""
+    script = (
+        "import sys; from study.__main__ import _interrupt; import signal; signal.signal(signal.SIGTERM, _interrupt)\n"
+        "from study.processes import run_group\n"
+        "run_group(['sh', '-c', 'sleep 600 & echo $! > grandchild; wait'], sys.stderr)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (tmp_path / "grandchild").exists() or not (tmp_path / "grandchild").read_text().strip():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    pid = int((tmp_path / "grandchild").read_text())
+    assert psutil.pid_exists(pid)
+    process.terminate()
+    assert process.wait(60) != 0
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+        time.sleep(0.02)

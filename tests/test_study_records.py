@@ -90,7 +90,9 @@ def test_a_ranking_of_another_corpus_is_refused(ranked: np.ndarray, corpus: Path
         scored(ranked, corpus, Evaluate())
 
 
-def test_a_record_replaces_the_one_of_the_same_method_and_seed(tmp_path: Path) -> None:
+def test_a_record_replaces_the_one_of_the_same_method_and_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = Records(tmp_path / "study.json")  # another study on the same file, which began before
     path = tmp_path / "study.json"
     for value in (1.0, 2.0):
         Records(path).add(record("good", 1, value))
@@ -101,6 +103,8 @@ def test_a_record_replaces_the_one_of_the_same_method_and_seed(tmp_path: Path) -
     assert found.seconds("plain", "trained") == 500  # of its kind
     assert found.seconds("bonsai", "rival") == 500  # of all
     assert Records(tmp_path / "none.json").seconds("good", "trained") == 0
+    other.add(record("plain", 1, 4.0))
+    assert [r["P@1"] for r in Records(path).all] == [2.0, 3.0, 4.0]
 
 
 def test_sizes_count_the_bias_and_compare_with_dense_of_the_same_type() -> None:
