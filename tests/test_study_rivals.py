@@ -78,7 +78,7 @@ def test_a_rival_that_fails_leaves_its_log(corpus: Corpus) -> None:
     assert "Parquet" in (corpus.folder / "rivals/tfidf_knn/log.txt").read_text()
 
 
-def test_every_rival_of_the_table_is_one_of_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rival_of_the_table_is_one_of_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     spec = importlib.util.spec_from_file_location("rivals_run", ROOT / "study/rivals/run.py")
     assert spec is not None
@@ -90,3 +90,6 @@ def test_every_rival_of_the_table_is_one_of_the_script(monkeypatch: pytest.Monke
     ranked = module._best(module.sparse.csr_matrix([[0.1, 0.0, 0.9], [0.0, 0.0, 0.0]]))
     assert ranked[0, :3].tolist() == [2, 0, -1]
     assert (ranked[1] == -1).all()
+    x, y = module.sparse.csr_matrix([[0.5, 0.0], [0.0, 0.0], [0.0, 1.0]]), module.sparse.csr_matrix([[1, 1], [1, 0], [0, 1]])
+    module._write_repository_format(module.Data(x, y, x), tmp_path / "train.txt")
+    assert (tmp_path / "train.txt").read_text() == "2 2 2\n0,1 0:0.5\n1 1:1\n"  # the document of no feature is left out

@@ -193,11 +193,12 @@ def load(corpus: Path, vectorizer: TfidfVectorizer) -> Data:
 
 
 def _write_repository_format(data: Data, path: Path) -> None:
-    """`N F L`, then `label,label feature:value ...` a line: what omikuji reads."""
+    """`N F L`, then `label,label feature:value ...` a line: what omikuji reads. It takes no document without features."""
     x, y = data.x, data.y
+    rows = np.flatnonzero(np.diff(x.indptr))
     with open(path, "w", encoding="ascii") as file:
-        file.write(f"{x.shape[0]} {x.shape[1]} {y.shape[1]}\n")
-        for row in range(x.shape[0]):
+        file.write(f"{len(rows)} {x.shape[1]} {y.shape[1]}\n")
+        for row in rows:
             labels = ",".join(map(str, y.indices[y.indptr[row] : y.indptr[row + 1]]))
             part = slice(x.indptr[row], x.indptr[row + 1])
             features = " ".join(f"{f}:{v:.6g}" for f, v in zip(x.indices[part], x.data[part], strict=True))
