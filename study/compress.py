@@ -46,6 +46,7 @@ def run(method: Method, corpus: Corpus, parent: Mapping[str, Any]) -> dict[str, 
         models, out = Path(place) / "models", Path(place) / "reports"
         experiment.fetch_model(revision, models)
         stored = compress(models, method.settings)
+        others = sum(p.stat().st_size for p in models.rglob("*") if p.is_file() and p.name != "head.safetensors")
         evaluate(config, models, corpus.folder / "tokens", corpus.folder / "corpus", out)
         evaluation = read_json(out / "evaluation.json")
         description = read_json(models / "fanin.json")
@@ -58,6 +59,7 @@ def run(method: Method, corpus: Corpus, parent: Mapping[str, Any]) -> dict[str, 
         **data_facts(about),
         **quality(evaluation),
         **sizes(stored, round(parent["shared_mib"] * 2**20), description["labels"], description["width"]),
+        "model_mib": round((others + sum(stored.values())) / 2**20 + parent["shared_mib"], 3),
         **{name: parent[name] for name in same},
         "rank_seconds": evaluation["ranking_seconds"],
         "settings": dict(parent["settings"]) | dict(method.settings),

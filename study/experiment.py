@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fanin import provenance
 from fanin.files import InputError
 from fanin.tracking.pipelines import NAME_VARIABLE, TAGS_VARIABLE
@@ -27,6 +29,7 @@ from study.tracking import run_name, study_tags
 
 TARGET = "evaluate"  # the last stage that a record needs
 PREPARING = ("embeddings", "clusters", "start")  # what a start from data costs beside training
+_MIB = 2**20
 
 
 def run(method: Method, corpus: Corpus, seed: int, key: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,6 +81,7 @@ def read(method: Method, corpus: Corpus, seed: int, revision: str, overrides: Ma
         **data_facts(_json(revision, "data/corpus/corpus.json")),
         **quality(evaluation),
         **sizes(training["head_bytes"], training["intermediate_bytes"], labels, width, itemsize),
+        "model_mib": round(_model_bytes(revision) / _MIB, 3),
         "train_seconds": training["seconds"],
         "prepare_seconds": round(sum(seconds.values()), 1) if config.start.source == "data" else 0.0,
         "rank_seconds": evaluation["ranking_seconds"],
@@ -107,6 +111,13 @@ def _environment(method: Method, corpus: Corpus, seed: int) -> dict[str, str]:
 
 def _plain(value: Any) -> str:
     return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _model_bytes(revision: str) -> int:
+    """Bytes of the model folder (encoder and head), from the experiment's dvc.lock."""
+    lock = yaml.safe_load(provenance.git("show", f"{revision}:dvc.lock") or "")
+    outs = (out for stage in lock["stages"].values() for out in stage.get("outs", []))
+    return int(next(out["size"] for out in outs if out["path"] == "models"))
 
 
 def _text(revision: str, path: str) -> str:

@@ -25,7 +25,8 @@ from study.tables import results
 PAGE = Path("docs/study.md")
 _PLACE = re.compile(r"<!-- records: ([a-z0-9-]+) -->\n.*?<!-- end -->", re.DOTALL)
 CAPTIONS = {
-    "bytes": "Accuracy against bytes; the grey line is the front of what nothing beats in both",
+    "bytes": "Accuracy against the bytes of the output layer; the grey line is the front of what nothing beats in both",
+    "model": "Accuracy against the bytes of the whole model, encoder too",
     "time": "Accuracy against training time",
     "frequency": "What head, torso and tail labels bring",
     "recovery": "Share of the dense-to-sparse hole that is closed",

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter
 
 from fanin.evaluation import SPLITS
 from fanin.files import atomic_path
@@ -25,7 +26,8 @@ def draw_all(records: Sequence[Mapping[str, Any]], methods: Mapping[str, Method]
     """Draw every plot that the records have something for; returns the files."""
     found = rows(records, methods)
     plots: dict[str, Callable[[], plt.Figure | None]] = {
-        "bytes": lambda: _scatter(found, methods, title, "total_mib", "MiB, head and shared layers (rivals: model file)"),
+        "bytes": lambda: _scatter(found, methods, title, "total_mib", "MiB, head and shared layers"),
+        "model": lambda: _scatter(found, methods, title, "model_mib", "MiB, the whole model's file, encoder too"),
         "time": lambda: _scatter(found, methods, title, "prepared_seconds", "training, seconds (the start from data counted)"),
         "frequency": lambda: _by_frequency(found, title),
         "recovery": lambda: _recovery(found, methods, title),
@@ -52,8 +54,10 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _scatter(found: Sequence[Row], methods: Mapping[str, Method], title: str, cost: str, label: str) -> plt.Figure:
+def _scatter(found: Sequence[Row], methods: Mapping[str, Method], title: str, cost: str, label: str) -> plt.Figure | None:
     """P@1 and PSP@5 against a cost, with the front of what nothing beats in both."""
+    if all(row.mean(cost) is None for row in found):
+        return None
     figure, axes = plt.subplots(1, 2, figsize=(12, 5))
     for axis, quality in zip(axes, ("P@1", "PSP@5"), strict=True):
         shown = [(row, x, y) for row in found if (x := row.mean(cost)) is not None and (y := row.mean(quality)) is not None]
@@ -66,6 +70,9 @@ def _scatter(found: Sequence[Row], methods: Mapping[str, Method], title: str, co
             offset = (5, 4 if number % 2 else -10)
             axis.annotate(row.name, (x, y), xytext=offset, textcoords="offset points", fontsize=7, color=colour)
         axis.set(xscale="log", xlabel=label, ylabel=f"{quality}, %", title=f"{title}: {quality}")
+        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            ticks(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.tick_params(axis="x", which="both", labelsize=7)
         axis.grid(alpha=0.3)
     return figure
 
@@ -82,7 +89,7 @@ def _by_frequency(found: Sequence[Row], title: str) -> plt.Figure:
             left = [a + b for a, b in zip(left, values, strict=True)]
         axis.set(title=f"{title}: {quality} by label frequency", xlabel="%")
     axes[0].invert_yaxis()
-    axes[1].legend(loc="lower right", fontsize=8)
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
     return figure
 
 

@@ -51,9 +51,8 @@ def rows(records: Iterable[Mapping[str, Any]], methods: Mapping[str, Method]) ->
         own = grouped[name]
         numbers = [key for key, value in own[0].items() if isinstance(value, int | float) and not isinstance(value, bool)]
         values = {key: [record[key] for record in own if key in record] for key in numbers}
-        values["total_mib"] = [
-            record["model_mib"] if "model_mib" in record else record["head_mib"] + record["shared_mib"] for record in own
-        ]
+        if own[0]["kind"] != "rival":
+            values["total_mib"] = [record["head_mib"] + record["shared_mib"] for record in own]
         values["prepared_seconds"] = [record["train_seconds"] + record.get("prepare_seconds", 0) for record in own]
         splits = {
             split: {key: [record[split][key] for record in own if key in record[split]] for key in own[0][split]}
@@ -109,26 +108,18 @@ def quality_table(found: Sequence[Row], methods: Mapping[str, Method]) -> str:
 
 
 def cost_table(found: Sequence[Row]) -> str:
-    """What each method takes: bytes of the head as stored and beside the dense layer's, shared layers, time, memory."""
-    header = [
-        "method",
-        "head MiB",
-        "shared MiB",
-        "of the dense layer",
-        "with shared",
-        "train s",
-        "with the start's s",
-        "peak MiB",
-    ]
+    """What each method takes: bytes of the head as stored and beside the dense layer's, shared layers, the whole model's
+    file, time, memory."""
+    header = ["method", "head MiB", "shared MiB", "of the dense layer", "with shared", "model file MiB"]
+    header += ["train s", "with the start's s", "peak MiB"]
     body = []
     for row in found:
         head, shared, dense = (row.mean(f"{part}_mib") for part in ("head", "shared", "dense"))
-        if head is None or shared is None or dense is None:
-            size = [f"{row.mean('model_mib'):.1f} (model file)", ABSENT, ABSENT, ABSENT]
-        else:
+        size = [ABSENT] * 4
+        if head is not None and shared is not None and dense is not None:
             size = [f"{head:.2f}", f"{shared:.2f}", f"{head / dense:.3f}", f"{(head + shared) / dense:.3f}"]
-        times = [row.mean(key) for key in ("train_seconds", "prepared_seconds", "peak_mib")]
-        body.append([row.about, *size, *(ABSENT if value is None else f"{value:.0f}" for value in times)])
+        others = [row.mean(key) for key in ("model_mib", "train_seconds", "prepared_seconds", "peak_mib")]
+        body.append([row.about, *size, *(ABSENT if value is None else f"{value:.0f}" for value in others)])
     return markdown(header, body)
 
 

@@ -74,7 +74,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     (tmp_path / ".gitignore").write_text("/data/raw/extra/*\n!/data/raw/extra/README.md\n/.study/\n")
     (tmp_path / "data/raw/extra").mkdir(parents=True)
-    (tmp_path / "data/raw/extra/big.txt").write_text("raw data")
+    (tmp_path / "data/raw/extra/big.txt").write_text("raw data" * 2**17)  # 1 MiB
     (tmp_path / "data/raw/extra/README.md").write_text("what goes here")  # in git, so the folder is in every copy
     for words in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"], ["git", "add", "-A"]):
         subprocess.run(words, check=True, timeout=60)
@@ -98,6 +98,7 @@ def test_an_experiment_becomes_a_record_once(repository: Path) -> None:
     assert record["dense_mib"] == pytest.approx(1000 * 385 * 4 / 2**20, abs=1e-4)
     assert (record["train_seconds"], record["prepare_seconds"], record["peak_mib"]) == (12.5, 6.0, 800.0)
     assert record["curve"][-1] == {"step": 10, "P@1": 20.123, "P@3": 9, "P@5": 7}
+    assert record["model_mib"] == 1.0
     assert record["data"] == dict.fromkeys(DATA, 3)
     assert not (repository / "models").exists()  # it ran in a copy
     before = experiment.find(record["experiment"])
@@ -106,7 +107,7 @@ def test_an_experiment_becomes_a_record_once(repository: Path) -> None:
     assert again["wall_seconds"] < record["wall_seconds"]
     assert experiment.find(record["experiment"]) == before
     experiment.fetch_model(before, repository / "fetched")
-    assert (repository / "fetched/head.txt").read_text() == "raw data"
+    assert (repository / "fetched/head.txt").read_text() == "raw data" * 2**17
     with pytest.raises(InputError, match=r"seed 1: dvc ended with exit code \d+; the whole of it is in (?s:.*)unlucky"):
         experiment.run(METHOD, CORPUS, 1, "ffff", {"head.fan_in": 13})
 

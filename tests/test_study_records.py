@@ -32,7 +32,7 @@ METHODS = {
 
 def record(method: str, seed: int, p1: float, **more: Any) -> dict[str, Any]:
     kind = METHODS[method].kind
-    size = {"model_mib": 90.0} if kind == "rival" else {"head_mib": 3.0, "shared_mib": 2.0, "dense_mib": 24.0}
+    size = {"model_mib": 90.0} | ({} if kind == "rival" else {"head_mib": 3.0, "shared_mib": 2.0, "dense_mib": 24.0})
     splits = {split: {"P@5": p1 / 3, "PSP@5": p1 / 6, "recall@5": 10.0} for split in ("head", "torso", "tail")}
     curve = {} if kind == "rival" else {"curve": [{"step": 1, "P@1": p1 / 2}, {"step": 2, "P@1": p1}]}
     told = {"train_seconds": 100.0, "peak_mib": 900.0, "device": "a box", "commit": "c" * 40, "wall_seconds": 120.0}
