@@ -23,7 +23,7 @@ class StandIn(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.table = nn.Parameter(torch.randn(300, labels, generator=generator))
         self.dropout = nn.Dropout(0.5)
-        self.head = SimpleNamespace(labels=labels)
+        self.labels = labels
         self.tokenizer = SimpleNamespace(pad_token_id=7)
         self.device = torch.device("cpu")
         self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []

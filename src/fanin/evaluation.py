@@ -21,6 +21,7 @@ from fanin.data.tokens import TokenSet
 from fanin.encoder import choose_precision
 from fanin.files import InputError, atomic_path, read_json, write_json
 from fanin.model import Classifier
+from fanin.ranks import ALONE, Ranks
 from fanin.retrieval import Pairs, rank
 
 SPLITS = ("head", "torso", "tail")
@@ -36,12 +37,14 @@ def evaluate(
     tokens_folder: str | Path,
     corpus_folder: str | Path,
     out_folder: str | Path,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Evaluate the model in `models` on the test documents; write OUTS into `out_folder`; return metrics.json's content.
 
     `config.evaluate` rules the evaluation; precision and device are those that the model was trained with (a GPU that
-    is not there is replaced by the CPU). All outs appear together, or none. Raises InputError where folders are
-    missing, damaged or do not belong together.
+    is not there is replaced by the CPU). All outs appear together, or none. Every one of `ranks` calls this at the same
+    time and holds its share of the labels; the first one scores and writes, the others return nothing. Raises InputError
+    where folders are missing, damaged or do not belong together.
     """
     began = time.perf_counter()
     settings = config.evaluate
@@ -50,19 +53,21 @@ def evaluate(
     tokens = TokenSet.open(Path(tokens_folder) / "test.arrow")
     _check_documents(corpus / "test.parquet", len(tokens))
     label_texts, frequency = _labels(corpus / "labels.parquet")
-    classifier = _load(models, len(frequency))
+    classifier = _load(models, len(frequency), ranks)
     rows = choose_documents(len(tokens), settings.documents)
     filtered = _filter(corpus / "filter.parquet", len(tokens), len(frequency))
     inverse = _inverse_propensity(settings, frequency, about["train_documents"])
 
     depth = min(metrics.RECALL_AT[-1], len(frequency))
     ranking = time.perf_counter()
-    with tqdm(total=len(rows), desc="evaluate", unit="doc", disable=None) as bar:
+    with tqdm(total=len(rows), desc="evaluate", unit="doc", disable=None if ranks.leads else True) as bar:
         ranked, scores = rank(classifier, tokens, rows, depth, settings.batch, filtered, bar.update)
     ranking = time.perf_counter() - ranking
     if np.isnan(scores).any():
         raise InputError(f"{models}: the model gives scores that are not numbers; train it again, with lower learning rates")
 
+    if not ranks.leads:
+        return {}
     offsets, true = metrics.csr(tokens.labels(rows))
     if not len(true):
         raise InputError(f"{corpus / 'test.parquet'}: none of the {len(rows)} documents evaluated has a label")
@@ -134,17 +139,17 @@ def choose_documents(documents: int, limit: int | None) -> np.ndarray:
     return np.sort(np.random.default_rng(_SHUFFLE).permutation(documents)[:limit])
 
 
-def _load(models: str | Path, labels: int) -> Classifier:
-    classifier = Classifier.load(models)
-    if classifier.head.labels != labels:
+def _load(models: str | Path, labels: int, ranks: Ranks) -> Classifier:
+    classifier = Classifier.load(models, ranks=ranks)
+    if classifier.labels != labels:
         raise InputError(
-            f"{models}: the model ranks {classifier.head.labels} labels, but the corpus has {labels}; "
+            f"{models}: the model ranks {classifier.labels} labels, but the corpus has {labels}; "
             "train it again (dvc repro train)"
         )
     train = classifier.config.train
     wanted = "cuda" if train.device == "auto" else train.device
     device = torch.device(wanted if wanted.startswith("cuda") and torch.cuda.is_available() else "cpu")
-    classifier.precision = choose_precision(train.precision, device)
+    classifier.precision = ranks.of_first(choose_precision(train.precision, device))
     return classifier.to(device)
 
 

@@ -34,7 +34,8 @@ _CPU_TOKENS = 768  # padded tokens encoded at once: beyond it, activations leave
 class Classifier(nn.Module):
     """Texts in, ranked labels out.
 
-    order: [L] int32, the label id of each row of the head, or None where rows are label ids.
+    order: int32, the label id of each of this rank's rows of the head, or None where rows are label ids; label_order: the
+    whole order [L], on the host.
     precision: what the encoder computes in (torch.float32, or torch.bfloat16 through autocast).
     ranks: the processes that share the head's labels; each calls every method at the same time as the others.
     """
@@ -52,6 +53,7 @@ class Classifier(nn.Module):
         self.order: Tensor | None
         self.config, self.encoder, self.intermediate, self.head = config, encoder, intermediate, head
         self.ranks = ranks
+        self.label_order: np.ndarray | None = None
         self.register_buffer("order", order)
         self.precision = torch.float32
         self.label_texts: LabelTexts | None = None
@@ -98,8 +100,10 @@ class Classifier(nn.Module):
                 raise InputError(
                     "head.group: labels that share features need the order of the clusters stage; run it (dvc repro clusters)"
                 )
-            rows = torch.from_numpy(np.array(order, dtype=np.int32))
-        return cls(config, encoder, intermediate, head, rows, ranks)
+            rows = torch.from_numpy(np.array(order[head.first : head.first + head.labels], dtype=np.int32))
+        classifier = cls(config, encoder, intermediate, head, rows, ranks)
+        classifier.label_order = None if rows is None else order
+        return classifier
 
     @property
     def tokenizer(self) -> Any:
@@ -138,19 +142,15 @@ class Classifier(nn.Module):
         own_ids, own_mask = ids[first:last], mask[first:last]
         parts = [self.features(own_ids[rows, :longest], own_mask[rows, :longest]) for rows, longest in self._parts(own_mask)]
         features = torch.cat(parts) if parts else torch.empty(0, self.head.width, device=self.device)
-        scores, rows = self._best(self.ranks.gather(features, len(ids)), k)
-        return scores, rows if self.order is None else self.order[rows].to(torch.int64)
-
-    def _best(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """features [B, D'] -> (logits [B, k], rows of the whole head [B, k]), of all ranks' labels."""
-        if self.ranks.size == 1:
-            return self.head.topk(features, k)
-        few = min(k, self.head.labels)
+        features, few = self.ranks.gather(features, len(ids)), min(k, self.head.labels)
         scores, rows = self.head.topk(features, few)
-        scores, rows = F.pad(scores, (0, k - few), value=-torch.inf), F.pad(rows + self.head.first, (0, k - few))
-        scores, rows = (torch.cat(list(self.ranks.collect(part)), 1) for part in (scores, rows))
+        found = rows + self.head.first if self.order is None else self.order[rows].to(torch.int64)
+        if self.ranks.size == 1:
+            return scores, found
+        scores, found = F.pad(scores, (0, k - few), value=-torch.inf), F.pad(found, (0, k - few))
+        scores, found = (torch.cat(list(self.ranks.collect(part)), 1) for part in (scores, found))
         scores, place = scores.topk(k, dim=1)
-        return scores, rows.gather(1, place)
+        return scores, found.gather(1, place)
 
     def _parts(self, mask: Tensor) -> Iterator[tuple[slice, int]]:
         """Runs of documents that a CPU encodes fastest (they stay in its cache), each cut to its longest; a GPU takes all."""
@@ -215,14 +215,16 @@ class Classifier(nn.Module):
             state = self.layers_state()
             if self.order is not None:
                 state["order"] = self.order
+            path = temporary / "head.safetensors"
             if self.ranks.size == 1:
-                save_file(state, temporary / "head.safetensors")
+                save_file(state, path)
             else:
-                whole = {key: (self.head.place(key)[1], *value.shape[1:]) for key, value in self.head.model_state().items()}
-                shapes = {key: whole.get(key, tuple(value.shape)) for key, value in state.items()}
-                create_tensors(temporary / "head.safetensors", {k: (v.dtype, shapes[k]) for k, v in state.items()})
-                write_rows(temporary / "head.safetensors", {k: (0, v) for k, v in state.items() if k not in whole})
-                self._write_rows(Path(self.ranks.of_first(str(temporary / "head.safetensors"))))
+                largest_first = sorted(state.items(), key=lambda item: -item[1].itemsize)  # so that all are aligned
+                places = self.places()
+                shapes = {k: (v.dtype, (places.get(k, (0, len(v)))[1], *v.shape[1:])) for k, v in largest_first}
+                create_tensors(path, shapes)
+                write_rows(path, {key: (0, value) for key, value in state.items() if key not in places})
+                self._write_rows(Path(self.ranks.of_first(str(path))))
             LabelTexts.write(labels, temporary / LabelTexts.FILE)
             description = {
                 "config": dataclasses.asdict(self.config),
@@ -239,9 +241,17 @@ class Classifier(nn.Module):
         own = self.head.bytes()
         return {name: int(size) for name, size in zip(own, self.ranks.total(list(own.values())), strict=True)}
 
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Of the head's tensors and `order`, which row of the whole this rank's first one is, and the whole's rows."""
+        return {
+            name: self.head.place(name) for name in (*self.head.state_dict(), *(["order"] if self.order is not None else []))
+        }
+
     def _write_rows(self, path: Path) -> None:
-        """Put this rank's part of the head into the file; go on when all have."""
-        write_rows(path, {key: (self.head.place(key)[0], value) for key, value in self.head.model_state().items()})
+        """Put this rank's part of head and order into the file; go on when all have."""
+        own = self.layers_state() | ({} if self.order is None else {"order": self.order})
+        places = self.places()
+        write_rows(path, {key: (places[key][0], value) for key, value in own.items() if key in places})
         self.ranks.wait()
 
     @classmethod

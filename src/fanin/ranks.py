@@ -67,11 +67,10 @@ class Ranks:
         """Tensors of one shape, one from each rank."""
         if self.size == 1:
             return [own]
-        own = own.contiguous()
-        everyone = own.new_empty((self.size, *own.shape))
+        everyone = own.new_empty(self.size * own.numel())
         with _older_names():
-            dist.all_gather_into_tensor(everyone, own)
-        return everyone.unbind()
+            dist.all_gather_into_tensor(everyone, own.reshape(-1))
+        return everyone.view(self.size, *own.shape).unbind()
 
     def scatter_sum(self, parts: Tensor) -> Tensor:
         """Each rank's part of a sum over ranks [count, ...] -> the sum's rows that are this rank's share."""

@@ -38,7 +38,7 @@ def rank(
     rows = np.asarray(rows, dtype=np.int64)
     labels = np.full((len(rows), k), -1, dtype=np.int32)
     scores = np.full((len(rows), k), -np.inf, dtype=np.float32)
-    known = classifier.head.labels
+    known = classifier.labels
     excluded = _Excluded(filtered, known) if filtered is not None and len(filtered[0]) else None
     pad_id = classifier.tokenizer.pad_token_id or 0  # a model without one: the mask hides the padding anyway
     order = np.argsort(-tokens.lengths[rows], kind="stable")

@@ -16,7 +16,7 @@ def seed_of(*numbers: int) -> int:
 
 def drawn_from(generator: torch.Generator | None) -> int:
     """A seed drawn from `generator` (None: torch's own), for the random numbers of many blocks."""
-    return int(torch.randint(2**31, (1,), generator=generator))
+    return int(torch.randint(2**31, (1,), generator=generator, device="cpu"))
 
 
 def blocks(first: int, last: int, size: int) -> Iterator[tuple[int, int, int]]:
@@ -28,7 +28,10 @@ def blocks(first: int, last: int, size: int) -> Iterator[tuple[int, int, int]]:
         yield number, max(number * size, first) - first, min((number + 1) * size, last) - first
 
 
-def uniform(seed: int, number: int, rows: slice, shape: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
-    """`rows` of block `number`, whose rows are uniform in 0..1 [*shape]; all are drawn, so that each has its own."""
-    generator = torch.Generator(device).manual_seed(seed_of(seed, number))
+def uniform(seed: int, number: int, rows: slice, shape: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """`rows` of block `number`, whose rows are uniform in 0..1 [*shape]; all are drawn, so that each has its own.
+
+    device: None for a CPU, or the meta device where that is torch's present default.
+    """
+    generator = torch.Generator(device or "cpu").manual_seed(seed_of(seed, number))
     return torch.rand(shape, generator=generator, device=device)[rows]

@@ -62,7 +62,7 @@ class TextClassifier(PythonModel):
         range of k.
         """
         texts = check_texts(model_input)
-        k = check_k((params or {}).get("k", DEFAULT_K), self.classifier.head.labels)
+        k = check_k((params or {}).get("k", DEFAULT_K), self.classifier.labels)
         rows: list[tuple[list[int], list[str], list[float]]] = []
         for first in range(0, len(texts), BATCH):
             scores, labels = self.classifier.topk(*self.classifier.encode(texts[first : first + BATCH]), k)

@@ -96,16 +96,18 @@ def create_tensors(path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int
 
 def write_rows(path: Path, parts: Mapping[str, tuple[int, Tensor]]) -> None:
     """Write rows into tensors of a file that `create_tensors` made: by name, the first row's number and the rows."""
-    with open(path, "r+b") as file:
+    with open(path, "r+b", buffering=0) as file:  # a buffer would write back what others have written over meanwhile
         length = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length - 8))
         for name, (first, rows) in parts.items():
             shape = header[name]["shape"]
-            row = math.prod(shape[1:]) * rows.element_size()
-            file.seek(length + header[name]["data_offsets"][0] + (first * row if shape else 0))
+            place = length + header[name]["data_offsets"][0]
+            place += first * math.prod(shape[1:]) * rows.element_size() if shape else 0
             for piece in bytes_of(rows.contiguous()).split(_SPAN * BLOCK):
-                file.write(memoryview(piece.cpu().numpy()))
-        file.flush()
+                content = memoryview(piece.cpu().numpy())
+                while len(content):
+                    written = os.pwrite(file.fileno(), content, place)
+                    place, content = place + written, content[written:]
         os.fsync(file.fileno())
 
 

@@ -83,7 +83,7 @@ class Trainer:
             )
         self.tokens, self.validation_rows = tokens, validation_rows
         self.checkpoints, self.fingerprint, self.log = checkpoints, fingerprint, log
-        order = None if classifier.order is None else classifier.order.cpu().numpy()
+        order = classifier.label_order
         label_rows = None if order is None else _inverse(order)
         self.batches = Batches(tokens, train_rows, settings.batch, config.seed, pad_id, label_rows, self.ranks)
         steps_per_epoch = len(self.batches) / settings.accumulation
@@ -359,11 +359,11 @@ class Trainer:
             return None
 
     def _places(self) -> dict[str, tuple[int, int]]:
-        """Where this rank's part of the head lies in the whole, by the names of a checkpoint."""
+        """Where this rank's part of head and order lies in the whole, by the names of a checkpoint."""
         if self.ranks.size == 1:
             return {}
-        head = self.classifier.head
-        return {f"classifier.head.{name}": head.place(name) for name in head.state_dict()}
+        names = {name: name if name == "order" else f"head.{name}" for name in self.classifier.places()}
+        return {f"classifier.{names[name]}": place for name, place in self.classifier.places().items()}
 
     def _warn(self, problem: str) -> None:
         if not self.ranks.leads:

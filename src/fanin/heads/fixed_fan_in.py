@@ -147,18 +147,24 @@ class FixedFanIn(Head):
             part = layer.part(start, min(rows.stop * self.group, self.labels))
             mask = rewiring.pruned_mask(rewiring.magnitude(decode(part.weight), self.group), schedule.prune, amount)
             if schedule.method == "rigl":
-                most = max(int(mask.sum(dim=1).max()), 1)
-                own = positives.between(start, start + part.labels)
-                found = self._kernels().candidates(x.detach(), part, own.labels, own.documents, most, self.loss)
-                new = rewiring.regrow_from(part.index, mask, found)
+                new = self._regrown_by_gradient(part, mask, x.detach(), positives.between(start, start + part.labels))
             else:
-                score = uniform(seed_of(seed, step), rows.block, rows.within, (self._block, self.width), x.device)
-                new = rewiring.regrow(part.index, mask, score)
+                new = self._regrown_at_random(rows, part, mask, seed_of(seed, step))
             pruned += int(mask.sum())
             tensors = (part.weight, part.momentum, part.compensation)
             moved += rewiring.move_(part.index, new, mask, [t for t in tensors if t is not None], self.group)
         counts = ranks.total([self.index.numel(), pruned, moved])
         return dict(zip(("entries", "pruned", "moved"), map(int, counts), strict=True))
+
+    def _regrown_by_gradient(self, part: Layer, mask: Tensor, x: Tensor, positives: Positives) -> Tensor:
+        """New int64 indices of `part`'s rows, others where `mask`."""
+        most = max(int(mask.sum(dim=1).max()), 1)
+        found = self._kernels().candidates(x, part, positives.labels, positives.documents, most, self.loss)
+        return rewiring.regrow_from(part.index, mask, found)
+
+    def _regrown_at_random(self, rows: _Rows, part: Layer, mask: Tensor, seed: int) -> Tensor:
+        score = uniform(seed, rows.block, rows.within, (self._block, self.width), part.index.device)
+        return rewiring.regrow(part.index, mask, score)
 
     def _magnitudes(self) -> Iterator[Tensor]:
         for rows in self._row_chunks():

@@ -139,13 +139,13 @@ def predict(
     documents: to train on; ranks: processes that share the labels and a batch's documents (the plan is one rank's).
     """
     head = head or config.head
-    labels, own = -(-labels // ranks), -(-batch // ranks)
+    whole, labels, own = labels, -(-labels // ranks), -(-batch // ranks)
     width = encoder.width(config)
     features = head.intermediate or width
     layer = head.intermediate * (width + 1)
     trained = encoder.parameters + layer
     sizes = head_bytes(head, labels, features, momentum=config.train.momentum > 0)
-    meta = min(config.clusters.meta_labels, labels) if config.auxiliary.enabled else 0
+    meta = min(config.clusters.meta_labels, whole) if config.auxiliary.enabled else 0
     moments = MOMENTS[config.train.encoder_moments].itemsize
     checkpointing = config.encoder.checkpointing
 
@@ -153,7 +153,7 @@ def predict(
     tail = embedding + _FLOAT * own * features * (2 if head.activation == "relu" and head.intermediate else 1)
     activations = encoder.saved(own, tokens, device, precision, checkpointing) + tail
     forward, backward = encoder.temporaries(own, tokens, device, precision, checkpointing)
-    order = 0 if head.group == 1 else 12 if device == "cpu" else 4  # int32, and its inverse as int64 on the host
+    order = 0 if head.group == 1 else 4 * labels + (8 * whole if device == "cpu" else 0)  # and its inverse, on the host
     branch = 2 * _FLOAT * own * meta  # targets and logits
     waiting = _FLOAT * trained if config.train.accumulation > 1 else 0  # gradients of earlier micro-batches
     gradients = _FLOAT * (trained + meta * (width + 1))
@@ -181,7 +181,7 @@ def predict(
         head_weights=sizes["weights"] + sizes["bias"],
         indices=sizes["indices"],
         head_optimizer=sizes["optimizer"],
-        other=(_FLOAT + 2 * moments) * meta * (width + 1) + labels * ((8 if meta else 0) + order),
+        other=(_FLOAT + 2 * moments) * meta * (width + 1) + (8 * whole if meta else 0) + order,
         loader=_LOADER * documents if device == "cpu" else 0,
         slack_share=_SLACK["cpu" if device == "cpu" else "cuda"],
         least_slack=_KEPT_LAYERS * encoder.layer(own, tokens, device, precision) if checkpointing and device == "cpu" else 0,
