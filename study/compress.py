@@ -23,7 +23,7 @@ from fanin.evaluation import evaluate
 from fanin.files import InputError, read_json, write_json
 from fanin.kernels.layer import index_dtype
 from study import experiment
-from study.corpora import WORK, Corpus, prepare
+from study.corpora import WORK, Corpus
 from study.methods import Method
 from study.records import data_facts, origin, quality, sizes
 
@@ -40,14 +40,16 @@ def run(method: Method, corpus: Corpus, parent: Mapping[str, Any]) -> dict[str, 
     revision = experiment.find(parent["experiment"])
     if revision is None:
         raise InputError(f"{method.name}: the experiment {parent['experiment']} is gone; remove its record, and it runs again")
-    about = prepare(corpus)
     config = corpus.config(dict(parent["settings"]))
     with tempfile.TemporaryDirectory(dir=WORK) as place:
-        models, out = Path(place) / "models", Path(place) / "reports"
-        experiment.fetch_model(revision, models)
+        root = Path(place)
+        for path in ("models", "data/tokens", "data/corpus"):
+            experiment.fetch(revision, path, root / path)
+        models, out = root / "models", root / "reports"
         stored = compress(models, method.settings)
         others = sum(p.stat().st_size for p in models.rglob("*") if p.is_file() and p.name != "head.safetensors")
-        evaluate(config, models, corpus.folder / "tokens", corpus.folder / "corpus", out)
+        evaluate(config, models, root / "data/tokens", root / "data/corpus", out)
+        about = read_json(root / "data/corpus/corpus.json")
         evaluation = read_json(out / "evaluation.json")
         description = read_json(models / "fanin.json")
     same = ("train_seconds", "prepare_seconds", "peak_mib", "documents_seen", "steps")

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import yaml
 
 from fanin import provenance
 from fanin.config import Config
 from fanin.data.corpus import build_corpus
-from fanin.data.tokens import tokenize_corpus
-from fanin.encoder import load_tokenizer
 from fanin.files import InputError, read_json, sha256, write_json
 from study.methods import configuration
 
@@ -67,30 +66,38 @@ def corpus_of(name: str) -> Corpus:
 
 
 def prepare(corpus: Corpus) -> dict[str, Any]:
-    """Make sure that `corpus.folder` holds corpus/ and tokens/ of the present raw files and code; returns corpus.json.
+    """Make sure that `corpus.folder`/corpus is that of the present raw files and code; returns corpus.json's content.
 
-    Built by the functions that the pipeline's stages call, so that it is the same, but apart from data/, whose corpus may be
+    Built by the function that the corpus stage calls, so that it is the same, but apart from data/, whose corpus may be
     another one now.
     """
     config, folder = corpus.config(), corpus.folder
-    wanted = {"identity": identity(corpus)}
+    files = sorted(path for path in config.raw_folder.rglob("*") if path.is_file())
+    parts = [json.dumps(dataclasses.asdict(config.corpus)), *(f"{path.name} {sha256(path)}" for path in files)]
+    made_of = hashlib.sha256("\n".join([*parts, stage_code("corpus")]).encode()).hexdigest()
     stamp = folder / "prepared.json"
-    if not (stamp.exists() and read_json(stamp) == wanted):
+    if not (stamp.exists() and read_json(stamp)["made_of"] == made_of):
         stamp.unlink(missing_ok=True)
         build_corpus(config, config.raw_folder, folder / "corpus")
-        name, length = config.encoder.name, config.tokens.max_length
-        tokenize_corpus(folder / "corpus", folder / "tokens", load_tokenizer(name, length), max_length=length, encoder=name)
-        write_json(stamp, wanted)
+        write_json(stamp, {"made_of": made_of, "documents": _digest(folder / "corpus")})
     return read_json(folder / "corpus" / "corpus.json")
 
 
-def identity(corpus: Corpus) -> str:
-    """A hash of all that decides the tokens: settings, raw files, code."""
-    config = corpus.config()
-    files = sorted(path for path in config.raw_folder.rglob("*") if path.is_file())
-    settings = [dataclasses.asdict(section) for section in (config.corpus, config.tokens)] + [config.encoder.name]
-    parts = [json.dumps(settings), *(f"{path.name} {sha256(path)}" for path in files), stage_code("corpus", "tokens")]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+def documents(corpus: Corpus) -> str:
+    """A hash of all documents and labels, whatever code made them."""
+    prepare(corpus)
+    return str(read_json(corpus.folder / "prepared.json")["documents"])
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for side in ("train", "test"):
+        with pq.ParquetFile(folder / f"{side}.parquet") as file:
+            for batch in file.iter_batches(columns=["text", "labels"]):
+                for text, labels in zip(batch["text"].to_pylist(), batch["labels"].to_pylist(), strict=True):
+                    digest.update(f"{text}\0{labels}\0".encode())
+        digest.update(side.encode())
+    return digest.hexdigest()
 
 
 def stage_code(*stages: str) -> str:

@@ -136,8 +136,8 @@ def _curve(revision: str) -> Iterator[dict[str, float]]:
         yield {name: round(float(value), 3) for name, value in row.items()}
 
 
-def fetch_model(revision: str, folder: Path) -> None:
-    """The model that an experiment trained, from DVC's cache, as `folder`."""
+def fetch(revision: str, path: str, target: Path) -> None:
+    """A folder that an experiment left, such as its model, from DVC's cache, as `target`."""
     from dvc.api import DVCFileSystem
 
-    DVCFileSystem(".", rev=revision).get("models", str(folder), recursive=True)
+    DVCFileSystem(".", rev=revision).get(path, str(target), recursive=True)

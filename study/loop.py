@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from fanin.files import InputError, sha256
 from study import compress, experiment, rival
-from study.corpora import Corpus, identity, stage_code
+from study.corpora import Corpus, documents, stage_code
 from study.methods import TIERS, Method
 from study.records import Records, origin
 from study.tracking import track
@@ -47,7 +47,7 @@ class Study:
         self, corpus: Corpus, methods: list[Method], seeds: int, records: Records, settings: Mapping[str, Any]
     ) -> None:
         self.corpus, self.methods, self.seeds, self.records, self.settings = corpus, methods, seeds, records, dict(settings)
-        self._code, self._data = stage_code(*STAGES), identity(corpus)
+        self._code, self._data = stage_code(*STAGES), documents(corpus)
         self.runners: dict[str, Callable[[Job], dict[str, Any]]] = {
             "trained": self._train,
             "compressed": self._compress,

@@ -106,7 +106,7 @@ def test_an_experiment_becomes_a_record_once(repository: Path) -> None:
     again = experiment.run(METHOD, CORPUS, 2, "abcdef0123", {"train.max_steps": 10})  # killed before the record was taken
     assert again["wall_seconds"] < record["wall_seconds"]
     assert experiment.find(record["experiment"]) == before
-    experiment.fetch_model(before, repository / "fetched")
+    experiment.fetch(before, "models", repository / "fetched")
     assert (repository / "fetched/head.txt").read_text() == "raw data" * 2**17
     with pytest.raises(InputError, match=r"seed 1: dvc ended with exit code \d+; the whole of it is in (?s:.*)unlucky"):
         experiment.run(METHOD, CORPUS, 1, "ffff", {"head.fan_in": 13})

@@ -46,6 +46,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(loop, "track", lambda *_: None)
+    monkeypatch.setattr(loop, "documents", lambda corpus: "the documents")
     clock = Clock()
     monkeypatch.setattr(loop.time, "monotonic", clock.monotonic)
     return clock
