@@ -180,3 +180,10 @@ def test_the_page_takes_its_figures_from_the_records(tmp_path: Path, monkeypatch
     assert page.main(["--check"]) == 0
     (tmp_path / "benchmarks/results/study-near-a-box.json").write_text(json.dumps(RECORDS[:-1]))
     assert page.main(["--check"]) == 1
+
+
+def test_the_committed_page_is_what_the_committed_records_say(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    assert page.main(["--check"]) == 0, capsys.readouterr().out
