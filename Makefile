@@ -18,7 +18,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 PIPELINE := $(PY) -m fanin.tracking run -- dvc repro
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train evaluate memory plan report compare ui sync params test test-slow lint gpu-check lock clean
+.PHONY: help setup demo train evaluate memory plan report compare study-page rivals ui sync params test test-slow lint gpu-check lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -59,8 +59,27 @@ plan: setup ## does it fit? before a run: make plan ARGS="--memory 24GiB --label
 report: setup ## everything, to the HTML page reports/report.html
 	$(PIPELINE)
 
-compare: setup ## compare runs: make compare RUNS="name-or-id name-or-id" (none: the two latest)
+compare: setup ## two runs: RUNS="name-or-id ..."; the study: CORPUS=near BUDGET=30m [SEEDS=3] [METHODS="main rivals"]
+ifdef CORPUS
+	$(PY) -m study $(CORPUS) $(if $(BUDGET),--budget $(BUDGET)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(METHODS),--methods "$(METHODS)") $(ARGS)
+else
 	$(PY) -m fanin.tracking.compare $(RUNS)
+endif
+
+study-page: setup ## renew the tables and plots in docs/study.md from benchmarks/results/
+	$(PY) -m study.page
+
+# Each rival by itself: one that cannot be had (some are built from source) does not keep the others out.
+RIVALS ?= omikuji==0.5.2 napkinxc==0.7.2 libpecos==1.2.8
+rivals: .venv-rivals/.installed ## the rivals' environment (.venv-rivals), for the study
+
+.venv-rivals/.installed: study/rivals/requirements.txt
+	$(PYTHON) -m venv .venv-rivals
+	.venv-rivals/bin/pip install -q --disable-pip-version-check -r $<
+	@for rival in $(RIVALS); do \
+		.venv-rivals/bin/pip install -q --disable-pip-version-check --no-deps $$rival || echo "$$rival cannot be had; the study goes on without it"; \
+	done
+	touch $@
 
 ui: setup ## the MLflow UI on this project's runs
 	$(PY) -m fanin.tracking ui

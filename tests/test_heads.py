@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fanin.config import Head as HeadSettings
 from fanin.files import InputError
-from fanin.heads import Bottleneck, Dense, FixedFanIn, Head, build_head
+from fanin.heads import Bottleneck, Dense, FixedFanIn, Head, build_head, dense
 from fanin.kernels.layer import decode, index_dtype
 from fanin.kernels.reference import Reference, expand
 from fanin.objectives import Positives
@@ -338,3 +338,53 @@ def test_bad_states_are_refused():
         FixedFanIn(30, 16, 17)
     with pytest.raises(InputError, match=r"head.bottleneck: 17 is above the 16 features"):
         Bottleneck(30, 16, 17)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("bf16", "stochastic"), ("bf16", "kahan"), ("fp8", "stochastic")])
+def test_a_dense_head_below_float32_follows_the_float32_one(dtype, rounding, monkeypatch):
+    """In chunks that do not divide L, each updated in parts that do not divide the chunk; saved in its own type."""
+    small_chunks(monkeypatch, 250)
+    monkeypatch.setattr(dense, "ROUNDED", 64)
+    settings = HeadSettings(kind="dense", dtype=dtype, rounding=rounding)
+    head, wide = build_head(settings, LABELS, WIDTH, seeded()), build_head(HeadSettings(kind="dense"), LABELS, WIDTH)
+    wide.load_model_state({key: value.float() for key, value in head.model_state().items()}, "here")
+    before = wide.weight.clone()
+    losses, gradients = [], []
+    for one in (head, wide):
+        one.prepare_training(0.9)
+        for number in range(30):
+            x, _, positives = batch(number % 3)
+            dx, loss = one.step(x.float(), positives, lr=0.02, momentum=0.9, weight_decay=0.01, seed=number, want_loss=True)
+            gradients.append(dx)
+        losses.append(loss.item())
+    torch.testing.assert_close(gradients[0], gradients[30])  # the same weights still
+    assert losses[0] == pytest.approx(losses[1], rel=0.03 if dtype == "bf16" else 0.15)
+    moved = (wide.weight - before).norm()
+    assert (decode(head.weight) - wide.weight).norm() < {"bf16": 0.05, "fp8": 0.5}[dtype] * moved
+    assert head.momentum.dtype == torch.bfloat16
+    assert (head.compensation is not None) == (rounding == "kahan")
+    head.finish_training()
+    assert head.bytes() == {"weights": head.weight.itemsize * LABELS * WIDTH, "indices": 0, "bias": 4 * LABELS, "optimizer": 0}
+    other = build_head(settings, LABELS, WIDTH)
+    other.load_model_state(head.model_state(), "here")
+    assert other.weight.dtype == head.weight.dtype
+    scores, rows = other.topk(x.float(), 5)
+    torch.testing.assert_close(scores, head.logits(x.float(), 0, LABELS).gather(1, rows))
+
+
+def test_rounded_updates_do_not_depend_on_the_parts(monkeypatch):
+    """Random bits belong to a weight's place in the whole head: chunks and processes cut it as they like."""
+    weights = []
+    for chunk, rounded, parts in ((LABELS, 512, [(0, LABELS)]), (96, 40, [(0, 256), (256, LABELS)])):
+        small_chunks(monkeypatch, chunk)
+        monkeypatch.setattr(dense, "ROUNDED", rounded)
+        x, _, positives = batch(0)
+        found = []
+        for start, stop in parts:
+            head = Dense(LABELS, WIDTH, "bce", seeded(), dtype=torch.bfloat16, part=(start, stop))
+            own = (positives.labels >= start) & (positives.labels < stop)
+            head.step(x.float(), Positives(positives.labels[own] - start, positives.documents[own]), lr=0.1, seed=3)
+            found.append(head.weight)
+        weights.append(torch.cat(found))
+    different = (weights[0] != weights[1]).float().mean()  # products of other shapes differ in their last bits
+    assert different < 0.01

@@ -115,6 +115,8 @@ HEADS = {
     "wide": (Head(fan_in=32, loss="squared_hinge"), 4096, 128),
     "dense": (Head(kind="dense"), 384, 64),
     "dense, narrow": (Head(kind="dense"), 64, 256),
+    "dense, bf16": (Head(kind="dense", dtype="bf16"), 384, 64),
+    "dense, fp8": (Head(kind="dense", dtype="fp8", rounding="kahan"), 128, 64),
     "bottleneck": (Head(kind="bottleneck", bottleneck=64), 384, 64),
 }
 

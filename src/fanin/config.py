@@ -19,7 +19,7 @@ from fanin.files import InputError
 
 @dataclass
 class Corpus:
-    format: str = "wordnet"  # wordnet | xc_json | xc_sparse | xc_raw | parquet | synthetic (made, of any size)
+    format: str = "wordnet"  # wordnet | debian | xc_json | xc_sparse | xc_raw | parquet | synthetic (made, of any size)
     task: str = "near"  # of the bundled WordNet: near | relations
     label_documents: bool = False  # each label's own text as one more training document (LF- data sets)
     labels: int = 100_000  # of a synthetic corpus, as the next three
@@ -65,7 +65,7 @@ class Head:
     intermediate: int = 1536  # width of the layer between encoder and head; 0: none
     activation: str = "linear"  # of that layer: linear | relu
     loss: str = "bce"  # bce | squared_hinge
-    dtype: str = "fp32"  # fp32 | bf16 | fp8 (e4m3): what a fixed fan-in head's weights are stored in
+    dtype: str = "fp32"  # fp32 | bf16 | fp8 (e4m3): what the weights are stored in (bottleneck: fp32)
     rounding: str = "stochastic"  # stochastic | kahan: of updates below fp32
     backend: str = "auto"  # the kernels: auto (the fastest that runs here) | reference | torch | cpu | triton
 
@@ -158,7 +158,7 @@ class Config:
 FAN_IN_LIMIT = 512  # of the kernels; config.py imports no torch
 
 _CHOICES = {
-    "corpus.format": ("wordnet", "xc_json", "xc_sparse", "xc_raw", "parquet", "synthetic"),
+    "corpus.format": ("wordnet", "debian", "xc_json", "xc_sparse", "xc_raw", "parquet", "synthetic"),
     "corpus.task": ("near", "relations"),
     "encoder.pooling": ("mean", "cls", "cls_layers"),
     "start.source": ("data", "random"),
@@ -323,8 +323,8 @@ def _conflicts(config: Config) -> list[str]:
         )
     if not sparse and head.group != 1:
         wrong.append(f"head.group: {head.group} is for head.kind fixed_fan_in, but it is {head.kind}; set head.group to 1")
-    if not sparse and head.dtype != "fp32":
-        wrong.append(f"head.dtype: {head.dtype} is for head.kind fixed_fan_in, but it is {head.kind}; set head.dtype to fp32")
+    if head.kind == "bottleneck" and head.dtype != "fp32":
+        wrong.append(f"head.dtype: {head.dtype} is not for head.kind bottleneck; set head.dtype to fp32")
     if sparse and head.intermediate == head.fan_in and rewiring.method != "none":
         wrong.append("rewiring.method: nothing to rewire when head.fan_in equals head.intermediate; set it to none")
     if rewiring.method != "none" and rewiring.prune != "threshold" and rewiring.amount >= 1:

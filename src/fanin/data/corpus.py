@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fanin.config import Config, Corpus
+from fanin.data.debian import Debian
 from fanin.data.sources import Document, Facts, OwnParquet, Source
 from fanin.data.synthetic import Synthetic
 from fanin.data.wordnet import SYNSETS, WordNet
@@ -53,6 +54,8 @@ def open_source(corpus: Corpus, raw: Path) -> Source:
     """The source that `corpus.format` names, over the folder `raw`. Raises InputError where files are missing."""
     if corpus.format == "wordnet":
         return WordNet(raw, corpus.task)
+    if corpus.format == "debian":
+        return Debian(raw)
     if corpus.format == "synthetic":
         return Synthetic(
             raw.parent / "wordnet" / SYNSETS,

@@ -33,7 +33,8 @@ def build_head(
     Raises InputError where it cannot be built.
     """
     if settings.kind == "dense":
-        return Dense(labels, width, settings.loss, generator, part=part)
+        stored = {"dtype": STORED[settings.dtype], "rounding": settings.rounding}
+        return Dense(labels, width, settings.loss, generator, part=part, **stored)
     if settings.kind == "bottleneck":
         if part is not None and part != (0, labels):
             raise InputError(

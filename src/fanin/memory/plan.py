@@ -15,6 +15,7 @@ from fanin import kernels
 from fanin.config import Config
 from fanin.config import Head as HeadSettings
 from fanin.heads import STORED
+from fanin.heads.dense import ROUNDED
 from fanin.kernels.layer import index_dtype
 from fanin.memory.shapes import EncoderShape
 from fanin.optim import CHUNK, MOMENTS
@@ -219,7 +220,12 @@ def step_buffers(head: HeadSettings, labels: int, features: int, batch: int, dev
     chunk = min(max((2**18 if device == "cpu" else 2**24) // batch, 256), 2**16, labels)
     vectors = 2 * _FLOAT * batch * reads * (2 if head.kind == "bottleneck" else 1)  # x and dx, features first; y = P x, dy
     logits = _FLOAT * chunk * batch
-    return vectors + 2 * logits  # the loss's values beside them
+    if STORED[head.dtype].itemsize >= _FLOAT:
+        return vectors + 2 * logits  # the loss's values beside them
+    # the chunk's weights and gradient in float32, and what rounds a part of them: random bits and sums in int64
+    rounding = 80 if head.dtype == "fp8" and head.rounding == "stochastic" else 36
+    update = features * (2 * _FLOAT * chunk + rounding * min(ROUNDED, chunk))
+    return vectors + logits + max(logits, update)
 
 
 def rewire_buffers(head: HeadSettings, labels: int, features: int, batch: int, method: str, prune: str) -> int:

@@ -76,7 +76,7 @@ def dense_rival(config: Config) -> Config:
     """The same run with a dense float32 head straight on the encoder, its momentum as it was."""
     return dataclasses.replace(
         config,
-        head=dataclasses.replace(config.head, kind="dense", group=1, intermediate=0, activation="linear"),
+        head=dataclasses.replace(config.head, kind="dense", dtype="fp32", group=1, intermediate=0, activation="linear"),
         rewiring=dataclasses.replace(config.rewiring, method="none"),
         auxiliary=dataclasses.replace(config.auxiliary, enabled=False),
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,8 @@ from fanin.tracking.outbox import Journal, Outbox
 from fanin.tracking.owner import Owner, find_owner
 
 PARENT_VARIABLE = "FANIN_PARENT_RUN"  # key of the pipeline run that the wrapper opened
+NAME_VARIABLE = "FANIN_RUN_NAME"
+TAGS_VARIABLE = "FANIN_RUN_TAGS"  # JSON object of further tags for the pipeline run
 LAST_STAGE = "report"
 PATCH_BYTES = 2**20  # a larger difference to the commit is not kept
 
@@ -71,7 +75,7 @@ def run_name(config: Config) -> str:
     else:
         size = f" R{head.bottleneck}" if head.kind == "bottleneck" else ""
     fallback = f"{config.preset} {head.kind}{size} seed{config.seed}"
-    return os.environ.get("FANIN_RUN_NAME") or os.environ.get("DVC_EXP_NAME") or fallback
+    return os.environ.get(NAME_VARIABLE) or os.environ.get("DVC_EXP_NAME") or fallback
 
 
 def describe_pipeline(pipeline: Journal, config: Config) -> str | None:
@@ -86,12 +90,24 @@ def describe_pipeline(pipeline: Journal, config: Config) -> str | None:
     tags = {"fanin.preset": config.preset, "fanin.head": config.head.kind}
     if os.environ.get("DVC_EXP_NAME"):
         tags["fanin.dvc_experiment"] = os.environ["DVC_EXP_NAME"]
-    pipeline.append("tags", values=tags | provenance.commit() | provenance.machine())
+    pipeline.append("tags", values=tags | provenance.commit() | provenance.machine() | _given_tags())
     _text_artifact(pipeline, "packages.txt", "\n".join(provenance.packages()) + "\n", "environment")
     patch = provenance.difference()
     if patch and len(patch) <= PATCH_BYTES:
         _text_artifact(pipeline, "uncommitted.patch", patch, "environment")
     return name
+
+
+def _given_tags() -> dict[str, str]:
+    """The tags in $FANIN_RUN_TAGS; none, with a warning, where it does not hold a JSON object."""
+    text = os.environ.get(TAGS_VARIABLE)
+    if not text:
+        return {}
+    try:
+        return {str(key): str(value) for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError):
+        print(f"warning: ${TAGS_VARIABLE} is not a JSON object of tags; found {text[:80]!r}", file=sys.stderr)
+        return {}
 
 
 def _text_artifact(pipeline: Journal, name: str, text: str, folder: str) -> None:
@@ -119,7 +135,8 @@ def record_dataset(pipeline: Journal, corpus: dict[str, Any]) -> None:
 def record_results(pipeline: Journal, workspace: Path, stage: str) -> None:
     """After a stage (or, with "" for it, after all): its headline numbers and files to the pipeline run."""
     reports = workspace / "reports"
-    for name, prefix, made_by in (("metrics.json", "", "evaluate"), ("memory.json", "memory/", "memory")):
+    results = (("metrics.json", "", "evaluate"), ("train.json", "train/", "train"), ("memory.json", "memory/", "memory"))
+    for name, prefix, made_by in results:
         if (reports / name).exists() and stage in (made_by, LAST_STAGE, ""):
             values = {prefix + key: value for key, value in numbers(read_json(reports / name)).items()}
             known = _recorded(pipeline)

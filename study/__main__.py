@@ -1,0 +1,82 @@
+"""Command line of the study (what `make compare CORPUS=near BUDGET=30m` calls)."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fanin.files import InputError
+from study.corpora import CORPORA, WORK, corpus_of
+from study.loop import Study
+from study.methods import choose, load_methods
+from study.plots import draw_all
+from study.records import RESULTS, Records, record_file
+from study.tables import results, write_csv
+
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def budget(text: str) -> float:
+    """ "30m" -> 1800.0. Raises ArgumentTypeError for anything but a number with s, m or h behind it."""
+    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90s, 30m or 6h")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """ "train.max_steps=40" -> ("train.max_steps", 40), the value read as YAML."""
+    key, equals, _ = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a setting such as train.max_steps=40")
+    return key, OmegaConf.select(OmegaConf.from_dotlist([text]), key)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the budget holds, then print the table; 1 where a run failed, 130 where it was stopped."""
+    parser = argparse.ArgumentParser(prog="python -m study", description="Every method on a corpus, side by side.")
+    parser.add_argument("corpus", metavar="CORPUS", help=f"{', '.join(CORPORA)}, or any preset")
+    parser.add_argument("--budget", type=budget, metavar="TIME", help="90s, 30m, 6h: start no run that would pass it")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", default="", help="names, main, ablation, rivals or all (the default), between blanks")
+    parser.add_argument(
+        "--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help=f"over all methods; records go to {WORK}"
+    )
+    parser.add_argument("--table", action="store_true", help="run nothing, show what there is")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        corpus, methods = corpus_of(options.corpus), load_methods()
+        trial = dict(options.set)
+        folder = WORK / corpus.name / "trial" if trial else RESULTS
+        records = Records(record_file(corpus.name, folder))
+        failed = False
+        if not options.table:
+            outcome = Study(corpus, choose(methods, options.methods), options.seeds, records, trial).run(options.budget)
+            failed = bool(outcome.failed)
+        print("\n" + results(records.all, methods))
+        if records.all:
+            write_csv(records.all, WORK / corpus.name / "study.csv")
+            draw_all(records.all, methods, corpus.title, WORK / corpus.name / "plots")
+            print(f"\nplots and study.csv: {WORK / corpus.name}; in MLflow (make ui): tags.`fanin.study` = '{corpus.name}'")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return int(failed)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

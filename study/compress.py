@@ -1,0 +1,126 @@
+"""What a user could do instead of training sparse: train dense, then prune or quantise the head, without training on.
+
+Both work label by label on the trained weights, with the encoder and the bias as they are. Pruning keeps the K largest of
+each label (magnitude pruning, Han et al., NeurIPS 2015) and is stored as a fixed fan-in head. Quantisation is round-to-nearest,
+symmetric, with one bfloat16 scale for every 64 weights of a label; the scale is the one of a few candidates, each clipping
+a little more, that has the least squared error. The quantised weights are ranked with as the numbers that they stand for;
+`head_mib` is what they take as stored.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fanin.evaluation import evaluate
+from fanin.files import InputError, read_json, write_json
+from fanin.kernels.layer import index_dtype
+from study import experiment
+from study.corpora import WORK, Corpus
+from study.methods import Method
+from study.records import data_facts, origin, quality, sizes
+
+BLOCK = 64  # weights that share a scale
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of the block's largest weight
+
+
+def run(method: Method, corpus: Corpus, parent: Mapping[str, Any]) -> dict[str, Any]:
+    """Compress the model of the record `parent` (of the method `method.of`, same seed), evaluate it, return the record.
+
+    Raises InputError where the parent's experiment, or its model in DVC's cache, is gone.
+    """
+    began = time.monotonic()
+    revision = experiment.find(parent["experiment"])
+    if revision is None:
+        raise InputError(f"{method.name}: the experiment {parent['experiment']} is gone; remove its record, and it runs again")
+    config = corpus.config(dict(parent["settings"]))
+    with tempfile.TemporaryDirectory(dir=WORK) as place:
+        root = Path(place)
+        for path in ("models", "data/tokens", "data/corpus"):
+            experiment.fetch(revision, path, root / path)
+        models, out = root / "models", root / "reports"
+        stored = compress(models, method.settings)
+        others = sum(p.stat().st_size for p in models.rglob("*") if p.is_file() and p.name != "head.safetensors")
+        evaluate(config, models, root / "data/tokens", root / "data/corpus", out)
+        about = read_json(root / "data/corpus/corpus.json")
+        evaluation = read_json(out / "evaluation.json")
+        description = read_json(models / "fanin.json")
+    same = ("train_seconds", "prepare_seconds", "peak_mib", "documents_seen", "steps")
+    return {
+        "method": method.name,
+        "kind": "compressed",
+        "corpus": corpus.name,
+        "seed": parent["seed"],
+        **data_facts(about),
+        **quality(evaluation),
+        **sizes(stored, round(parent["shared_mib"] * 2**20), description["labels"], description["width"]),
+        "model_mib": round((others + sum(stored.values())) / 2**20 + parent["shared_mib"], 3),
+        **{name: parent[name] for name in same},
+        "rank_seconds": evaluation["ranking_seconds"],
+        "settings": dict(parent["settings"]) | dict(method.settings),
+        "of": parent["experiment"],
+        "test_documents": evaluation["documents"],
+        **origin(),
+        "wall_seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def compress(models: Path, settings: Mapping[str, Any]) -> dict[str, int]:
+    """Rewrite the dense head in a model folder; returns the bytes of weights, indices and bias as they would be stored."""
+    state = load_file(models / "head.safetensors")
+    description = read_json(models / "fanin.json")
+    weight = state["weight"]
+    if description["config"]["head"]["kind"] != "dense":
+        raise InputError(f"{models}: holds a {description['config']['head']['kind']} head; only a dense one is compressed")
+    if settings["compress"] == "prune":
+        state["weight"], state["index"] = prune(weight, settings["K"])
+        description["config"]["head"] |= {"kind": "fixed_fan_in", "fan_in": settings["K"], "group": 1}
+        stored = {"weights": _bytes(state["weight"]), "indices": _bytes(state["index"])}
+    else:
+        bits = settings["bits"]
+        state["weight"] = quantise(weight, bits)
+        scales = weight.shape[0] * -(-weight.shape[1] // BLOCK)
+        stored = {"weights": -(-weight.numel() * bits // 8) + 2 * scales, "indices": 0}
+    save_file(state, models / "head.safetensors")
+    write_json(models / "fanin.json", description)
+    return stored | {"bias": _bytes(state["bias"])}
+
+
+def prune(weight: Tensor, fan_in: int) -> tuple[Tensor, Tensor]:
+    """weight [L, D] -> its `fan_in` largest entries a row [L, K], and their columns [L, K], ascending."""
+    index = weight.abs().topk(fan_in, dim=1).indices.sort(dim=1).values
+    return weight.gather(1, index).contiguous(), index.to(index_dtype(weight.shape[1]))
+
+
+def quantise(weight: Tensor, bits: int) -> Tensor:
+    """weight [L, D] -> the nearest numbers [L, D] that `bits` a weight and a bfloat16 scale a block can stand for."""
+    largest = 2 ** (bits - 1) - 1
+    return torch.cat([_quantise(rows, largest) for rows in weight.split(8192)])
+
+
+def _quantise(weight: Tensor, largest: int) -> Tensor:
+    rows, width = weight.shape
+    blocks = torch.nn.functional.pad(weight, (0, -width % BLOCK)).unflatten(1, (-1, BLOCK))
+    peak = blocks.abs().amax(dim=2, keepdim=True)
+    best = error = None
+    for clip in CLIPS:
+        scale = (clip * peak / largest).to(torch.bfloat16).float().clamp_min(1e-30)
+        found = (blocks / scale).round().clamp(-largest, largest) * scale
+        wrong = (found - blocks).square().sum(dim=2, keepdim=True)
+        if best is None or error is None:
+            best, error = found, wrong
+        else:
+            best, error = torch.where(wrong < error, found, best), torch.minimum(wrong, error)
+    assert best is not None
+    return best.flatten(1)[:, :width].reshape(rows, width).contiguous()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

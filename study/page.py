@@ -1,0 +1,96 @@
+"""Renew what docs/study.md takes from the records: `python -m study.page` (`make study-page`).
+
+Between `<!-- records: near -->` and `<!-- end -->` stands what is generated for a corpus: what it holds, where it was
+measured, tables, plots (docs/study/<corpus>-<device>/). Everything outside is written by hand. With --check nothing is
+written, and the exit code is 1 where the page is not what the records say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fanin.files import InputError, atomic_path
+from study.corpora import CORPORA
+from study.methods import Method, load_methods
+from study.plots import draw_all
+from study.records import RESULTS
+from study.tables import results
+
+PAGE = Path("docs/study.md")
+_PLACE = re.compile(r"<!-- records: ([a-z0-9-]+) -->\n.*?<!-- end -->", re.DOTALL)
+CAPTIONS = {
+    "bytes": "Accuracy against the bytes of the output layer; the grey line is the front of what nothing beats in both",
+    "model": "Accuracy against the bytes of the whole model, encoder too",
+    "time": "Accuracy against training time",
+    "frequency": "What head, torso and tail labels bring",
+    "recovery": "Share of the dense-to-sparse hole that is closed",
+    "convergence": "Validation P@1 while training",
+}
+
+
+def generated(corpus: str, methods: Mapping[str, Method], folder: Path = RESULTS, plots: Path | None = None) -> str:
+    """The generated part for a corpus: one section a record file (a device); draws into `plots` where it is given."""
+    title = CORPORA[corpus].title if corpus in CORPORA else corpus
+    parts = []
+    for path in sorted(folder.glob(f"study-{corpus}-*.json")):
+        records: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        parts += [_measured(records, path), results(records, methods)]
+        place = PAGE.parent / "study" / path.stem.removeprefix("study-")
+        if plots is not None:
+            draw_all(records, methods, title, plots / place.name)
+        drawn = [(name, place / f"{name}.png") for name in CAPTIONS if (place / f"{name}.png").exists()]
+        parts += [f"![{title}: {CAPTIONS[name]}]({png.relative_to(PAGE.parent).as_posix()})" for name, png in drawn]
+    return "\n\n".join(parts) or "No records yet."
+
+
+def _measured(records: Sequence[Mapping[str, Any]], path: Path) -> str:
+    """What the corpus holds, and where and by which commits the records of a file were made."""
+    device = records[0]["device"]
+    data = next((record["data"] for record in records if "data" in record), None)
+    corpus = ""
+    if data is not None:
+        documents = f"{data['train_documents']:,} training documents, {data['test_documents']:,} test documents"
+        labels = f"{data['labels']:,} labels of which {data['labels_seen_once']:,} have one training document"
+        corpus = f"{documents}, {labels}, {data['labels_per_document']:.1f} labels a document.\n\n"
+    commits = sorted({record["commit"][:12] + ("-dirty" if record["commit"].endswith("-dirty") else "") for record in records})
+    return corpus + f"{len(records)} records, {device}, commit {', '.join(commits)} (`{path.as_posix()}`)."
+
+
+def renewed(text: str, methods: Mapping[str, Method], plots: Path | None) -> str:
+    """The page with its generated parts made anew. Raises InputError where it has none."""
+    if not _PLACE.search(text):
+        raise InputError(f"{PAGE}: no `<!-- records: CORPUS -->` ... `<!-- end -->` to fill")
+
+    def fill(place: re.Match[str]) -> str:
+        return f"<!-- records: {place[1]} -->\n{generated(place[1], methods, plots=plots)}\n<!-- end -->"
+
+    return _PLACE.sub(fill, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Renew the page, or check that it is up to date."""
+    parser = argparse.ArgumentParser(prog="python -m study.page", description="Tables and plots of docs/study.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where something would change")
+    options = parser.parse_args(arguments)
+    try:
+        before = PAGE.read_text(encoding="utf-8")
+        after = renewed(before, load_methods(), None if options.check else PAGE.parent / "study")
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.check:
+        print("up to date" if before == after else f"{PAGE} is not what the records say; run `make study-page`")
+        return int(before != after)
+    with atomic_path(PAGE) as temporary:
+        temporary.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
