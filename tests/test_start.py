@@ -366,6 +366,41 @@ def test_a_dictionary_is_learnt():
     assert residual(targets, truth, 2) < 0.01
 
 
+def test_longer_targets_are_coded_better():
+    """More targets than atoms can serve: those that count more get the atoms."""
+    generator = torch.Generator().manual_seed(0)
+    targets = F.normalize(torch.randn(400, 32, generator=generator), dim=1)
+    weight = torch.ones(400, 1)
+    weight[300:] = 4
+    plain, weighted = (
+        learn_dictionary(rows, 48, 3, 1, 4, torch.Generator().manual_seed(1)) for rows in (targets, targets * weight)
+    )
+    light, heavy = targets[:300], targets[300:]
+    assert residual(heavy, weighted, 3) < 0.85 * residual(heavy, plain, 3)
+    assert residual(light, weighted, 3) > residual(light, plain, 3)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_the_sample_counts_each_training_document_of_a_label_once(corpus, monkeypatch, group):
+    source = load_label_documents(*corpus.inputs[:2])
+    generator = torch.Generator().manual_seed(0)
+    chosen, weight = start._sample(source, corpus.order, group, generator)
+    assert len(chosen) >= LABELS - 3
+    torch.testing.assert_close(
+        weight / weight[0], torch.from_numpy(source.frequency[chosen].clip(1) / source.frequency[chosen[0]]).float()
+    )
+
+    monkeypatch.setattr(start, "SAMPLE", 24)
+    drawn = [start._sample(source, corpus.order, group, generator) for _ in range(400)]
+    always = set.intersection(*(set(chosen.tolist()) for chosen, _ in drawn))
+    assert len(always) == 12  # the heaviest half
+    assert len(set.union(*(set(chosen.tolist()) for chosen, _ in drawn))) >= LABELS - 3
+    heavy = np.isin(np.arange(LABELS), list(always))
+    ratio = np.mean([float(weight[~heavy[chosen]].sum() / weight[heavy[chosen]].sum()) for chosen, weight in drawn])
+    known = source.counts > 0
+    assert ratio == pytest.approx(source.frequency[known & ~heavy].sum() / source.frequency[heavy].sum(), rel=0.05)
+
+
 def test_dictionary_larger_than_the_targets():
     targets, _, _ = sparse_targets(atoms=48, fan_in=2, targets=10)
     generator = torch.Generator().manual_seed(0)

@@ -87,7 +87,8 @@ def start_from_data(
         for start in range(0, source.labels, chunk):
             yield F.normalize(targets(order[start : start + chunk]), dim=1)
 
-    sample = F.normalize(targets(_sample(source, order, group, generator)), dim=1)
+    chosen, weight = _sample(source, order, group, generator)
+    sample = F.normalize(targets(chosen), dim=1) * weight.sqrt().to(device)[:, None]
     form = fit_form(config, white, sample, everything(), generator)
     del sample
     bias = _biases(config, source, order)
@@ -244,15 +245,30 @@ def _store(state: dict[str, Tensor], expressed: Expressed, rows: np.ndarray, gro
         state["index"].numpy()[rows[::group] // group] = expressed.index.cpu()
 
 
-def _sample(source: LabelDocuments, order: np.ndarray, group: int, generator: torch.Generator) -> np.ndarray:
-    """Whole groups of the head's order, at random, at most SAMPLE labels in all; none without an embedded document."""
-    covered = np.add.reduceat(source.counts[order], np.arange(0, len(order), group)) > 0
-    groups = np.flatnonzero(covered)
-    if not len(groups):
+def _sample(source: LabelDocuments, order: np.ndarray, group: int, generator: torch.Generator) -> tuple[np.ndarray, Tensor]:
+    """Labels [n] that a dictionary is learnt from, and what each one's error counts [n], 1 in the mean.
+
+    An error counts once for each training document of its label: logits of frequent labels decide most rankings, and their
+    centroids are least noisy. Whole groups of the head's order, at most SAMPLE labels, none without an embedded document:
+    half of them the heaviest, half drawn from the rest at random, which then count for those not drawn too.
+    """
+    begins = np.arange(0, len(order), group)
+    covered = np.flatnonzero(np.add.reduceat(source.counts[order], begins) > 0)
+    if not len(covered):
         raise InputError("embeddings.npy: no label has an embedded document; raise encoder.embed_documents")
-    some = groups[np.sort(torch.randperm(len(groups), generator=generator)[: max(SAMPLE // group, 1)].numpy())]
-    places = (some[:, None] * group + np.arange(group)).ravel()
-    return order[places[places < len(order)]]
+    size = max(SAMPLE // group, 1)
+    share = np.ones(len(begins))
+    if len(covered) > size:
+        weight = np.add.reduceat(source.frequency[order], begins)[covered]
+        covered = covered[np.argsort(-weight, kind="stable")]
+        heavy, rest = covered[: size // 2], covered[size // 2 :]
+        drawn = rest[torch.randperm(len(rest), generator=generator)[: size - len(heavy)].numpy()]
+        share[drawn] = len(rest) / len(drawn)
+        covered = np.sort(np.concatenate([heavy, drawn]))
+    places = (covered[:, None] * group + np.arange(group)).ravel()
+    places = places[places < len(order)]
+    weight = source.frequency[order[places]].clip(1) * share[places // group]
+    return order[places], torch.from_numpy(weight / weight.mean()).float()
 
 
 def _order(path: Path, labels: int, group: int) -> np.ndarray:
