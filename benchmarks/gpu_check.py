@@ -1,11 +1,14 @@
-"""What a GPU machine can tell, in one call of under ten minutes: the tests marked gpu, then the classifier layer's benchmark.
+"""What a GPU machine can tell in one call of under ten minutes: the tests marked gpu, the layer's benchmark, memory records.
 
-Needs torch, triton, numpy, safetensors and pytest; neither mlflow nor dvc nor omegaconf. Records and the tests' output go to
-the folder named in $OUT, else to benchmarks/results/.
+Needs torch, triton, numpy, safetensors and pytest; neither mlflow nor dvc. The memory records (Amazon-3M's shape, sparse and
+dense, and 1,000,000,000 labels) also need transformers, omegaconf and psutil; where those are missing they are left out, and
+named. Wheels unpacked into a folder that PYTHONPATH names will do. Records and what was printed go to the folder named in
+$OUT, else to benchmarks/results/.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ["tests/test_gpu.py", "tests/test_linear.py", "tests/test_linear_rewire.py"]
+MEMORY = ["sparse-3m-frugal", "sparse-3m", "dense-3m", "sparse-1b"]
 SECONDS = 570  # of the ten minutes
 
 
@@ -31,13 +35,20 @@ def main() -> int:
     pytest = ["-m", "pytest", "-q", "-o", "addopts=", "-m", "gpu and not slow", *TESTS]
     code = run(pytest, out / "gpu_tests.txt", environment, min(240, end - time.monotonic()))
     # the goals first: should the time run out, what is there has been kept
-    for only in ("step", "topk", "rewire", "growth"):
+    layer = ["benchmarks/classifier_step.py", "--out", str(out), "--only"]
+    work = {f"classifier_step_{only}": [*layer, only] for only in ("step", "topk", "rewire", "growth")}
+    lacking = [name for name in ("transformers", "omegaconf", "psutil") if importlib.util.find_spec(name) is None]
+    if lacking:
+        print(f"memory: left out, for {', '.join(lacking)} cannot be imported here")
+    else:
+        memory = {"memory": ["benchmarks/memory.py", "--out", str(out), "--only", *MEMORY]}
+        work = {"classifier_step_step": work.pop("classifier_step_step"), **memory, **work}
+    for name, words in work.items():
         left = end - time.monotonic()
         if left < 30:
-            print(f"{only}: left out, the time is up")
+            print(f"{name}: left out, the time is up")
             continue
-        words = ["benchmarks/classifier_step.py", "--only", only, "--out", str(out)]
-        code = run(words, out / f"classifier_step_{only}.txt", environment, left) or code
+        code = run(words, out / f"{name}.txt", environment, min(left, 150 if name == "memory" else left)) or code
     return code
 
 

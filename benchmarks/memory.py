@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import BertConfig, PreTrainedTokenizerFast
 
 import records
 from fanin import __version__
 from fanin.config import Config, check
-from fanin.encoder import choose_precision, load_description, load_tokenizer
+from fanin.encoder import choose_precision, load_description
 from fanin.memory.fits import FIRST_USE
 from fanin.memory.job import MIB, Job, available
 from fanin.memory.jobs import measure_all, process_bytes
@@ -186,11 +188,15 @@ def figures(job: Job, baseline: int, measured: dict[str, Any]) -> dict[str, Any]
 
 
 def _encoder(name: str, folder: Path) -> str:
-    """What `Encoder.load` takes. bert-base: a folder with its config (transformers' default) and tokenizer; no weights."""
+    """What `Encoder.load` takes. bert-base: a folder with its config (transformers' default) and a tokenizer that knows as many
+    words, made up; no weights. So a bare machine needs no package with an encoder."""
     path = folder / name
     if name == "bert-base" and not path.exists():
-        BertConfig().save_pretrained(path)
-        load_tokenizer("minilm").save_pretrained(path)  # the same vocabulary
+        config = BertConfig()
+        config.save_pretrained(path)
+        words = ["[PAD]", "[UNK]", *(f"word{i}" for i in range(config.vocab_size - 2))]
+        known = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+        PreTrainedTokenizerFast(tokenizer_object=known, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(path)
     return str(path) if name == "bert-base" else name
 
 

@@ -38,6 +38,7 @@ def figures(project: Path) -> dict[str, Any]:
         **{name: train[name] for name in kept},
         "stage_seconds": {name: read_json(project / f"reports/stages/{name}.json")["seconds"] for name in STAGES},
         "metrics": read_json(project / "reports/metrics.json"),
+        "commit": records.provenance(project)["commit"],
     }
 
 

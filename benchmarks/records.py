@@ -25,10 +25,10 @@ def device_name() -> str:
     return f"{machine()['fanin.cpu']}, {torch.get_num_threads()} threads"
 
 
-def provenance() -> dict[str, Any]:
-    """Device, versions and commit ("-dirty" where tracked files differ from it)."""
+def provenance(project: Path = RESULTS) -> dict[str, Any]:
+    """Device, versions and the commit of `project` ("-dirty" where tracked files differ from it)."""
     described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=RESULTS, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=project, capture_output=True, text=True, check=False
     )
     return {
         "device": device_name(),
@@ -43,5 +43,5 @@ def add(name: str, records: list[dict[str, Any]], folder: Path = RESULTS) -> Pat
     slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
     path = folder / f"{name}-{slug}.json"
     old = json.loads(path.read_text()) if path.exists() else []
-    write_json(path, old + [record | provenance() for record in records])
+    write_json(path, old + [provenance() | record for record in records])
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import itertools
@@ -497,7 +498,13 @@ def test_a_tracking_server_that_hangs_costs_a_run_nothing(folder, tmp_path, monk
     path, config = folder
     with socket.create_server(("127.0.0.1", 0)) as server:
         held: list[socket.socket] = []
-        threading.Thread(target=lambda: held.append(server.accept()[0]), daemon=True).start()
+        server.settimeout(60)
+
+        def hold() -> None:
+            with contextlib.suppress(OSError):  # closed at the end
+                held.append(server.accept()[0])
+
+        threading.Thread(target=hold, daemon=True).start()
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("FANIN_TRACKING", "offline")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
