@@ -114,12 +114,20 @@ def ridge_rows(corpus) -> tuple[np.ndarray, np.ndarray]:
     return np.linalg.solve(covariance, centroids.T).T, mean
 
 
-def expected_dense(corpus, lift: float, base: np.ndarray) -> np.ndarray:
-    """Logits of the scaled ridge classifier on the validation documents [N, L]."""
+def expected_dense(corpus, config) -> np.ndarray:
+    """Logits of the scaled ridge classifier on the validation documents [N, L], without whitening."""
     rows, mean = ridge_rows(corpus)
-    own = (corpus.y * ((corpus.x - mean) @ rows.T)).sum(0) / np.maximum(corpus.y.sum(0), 1)
-    scale = np.where(own > 0, lift / np.where(own > 0, own, 1), 0)
-    return (corpus.validation_x - mean) @ (rows * scale[:, None]).T + base
+    covariance = np.cov(corpus.x.T)
+    covariance += 0.05 * np.trace(covariance) / WIDTH * np.eye(WIDTH)
+    length = np.sqrt(np.einsum("ld,de,le->l", rows, covariance, rows))  # of the row in whitened coordinates
+    scale = np.where(length > 0, config.start.spread / np.where(length > 0, length, 1), 0)
+    return (corpus.validation_x - mean) @ (rows * scale[:, None]).T + mean_logits(corpus, config)
+
+
+def mean_logits(corpus, config) -> np.ndarray:
+    """[L]: at which a normal logit of this spread has the prior as its mean odds."""
+    covered = corpus.y.sum(0) > 0
+    return np.log((corpus.frequency + 0.5) / corpus.trained) - covered * config.start.spread**2 / 2
 
 
 def test_whitening_whitens():
@@ -138,8 +146,7 @@ def test_whitening_whitens():
 def test_dense_start_is_the_ridge_classifier(corpus, tmp_path, intermediate):
     config = settings("dense", intermediate)
     state, summary = run(corpus, config, tmp_path / "start")
-    base = np.log((corpus.frequency + 0.5) / corpus.trained)
-    expected = expected_dense(corpus, config.start.lift, base)
+    expected = expected_dense(corpus, config)
     np.testing.assert_allclose(logits(corpus, config, state, corpus.validation_x), expected, atol=0.02, rtol=1e-3)
     assert summary["residual"] < 1e-6
 
@@ -187,16 +194,38 @@ NAMES = [f"{c.head.kind}-{c.head.intermediate}-{c.head.group}" for c in ALL_FORM
 
 
 @pytest.mark.parametrize("config", ALL_FORMS, ids=NAMES)
-def test_own_documents_lie_the_lift_above_the_mean(corpus, tmp_path, config):
+def test_all_logits_spread_alike_around_their_priors(corpus, tmp_path, config):
     state, _ = run(corpus, config, tmp_path / "start")
     made = logits(corpus, config, state, corpus.x)
     covered = corpus.y.sum(0) > 0
-    mean = made.mean(0)
-    np.testing.assert_allclose(mean, np.log((corpus.frequency + 0.5) / corpus.trained), atol=0.02)
+    np.testing.assert_allclose(made.mean(0), mean_logits(corpus, config), atol=0.02)
+    spread = made.std(0, ddof=1)[covered]
+    assert (spread < config.start.spread + 0.01).all()  # the ridge takes a little off
+    assert (spread > 0.8 * config.start.spread).all()
     own = (corpus.y * made).sum(0) / np.maximum(corpus.y.sum(0), 1)
-    np.testing.assert_allclose((own - mean)[covered], config.start.lift, atol=0.02)
+    assert (own - made.mean(0))[covered].min() > 0.5 * config.start.spread
     assert covered.sum() == LABELS - 3
     assert np.ptp(made[:, ~covered], axis=0).max() == 0  # nothing is known of these labels
+
+
+def test_documents_of_rare_labels_are_found_as_well_as_those_of_frequent_ones(tmp_path):
+    """Ten classes far from each other, of 5 to 500 documents: the start alone should tell them apart."""
+    rng = np.random.default_rng(0)
+    sizes = [500] * 5 + [5] * 5
+    centres = 6 * rng.normal(size=(10, 12))
+    own = np.repeat(np.arange(10), sizes)
+    vectors = (centres[own] + rng.normal(size=(len(own), 12))).astype(np.float16)
+    rows = rng.permutation(len(own))
+    documents, validation = np.sort(rows[:-200]), np.sort(rows[-200:])
+    lists = [[int(label)] for label in own]
+    tokens, embedded = write_corpus(tmp_path, lists, vectors, documents=documents, validation=validation, label_count=10)
+    build_start(settings("dense", 0), tokens, embedded, tmp_path, tmp_path / "start")
+    state = load_file(tmp_path / "start/head.safetensors")
+    fresh = np.repeat(np.arange(10), 50)
+    x = torch.from_numpy(centres[fresh] + rng.normal(size=(500, 12))).float()
+    found = (x @ state["weight"].T + state["bias"]).argmax(1).numpy() == fresh
+    assert found[fresh >= 5].mean() > 0.9
+    assert found[fresh < 5].mean() > 0.9
 
 
 @pytest.mark.parametrize("config", ALL_FORMS, ids=NAMES)
@@ -274,8 +303,8 @@ def test_squared_hinge_puts_own_documents_at_the_margin(corpus, tmp_path):
 
 def test_groups_follow_the_cluster_order(corpus, tmp_path):
     state, _ = run(corpus, settings(group=8), tmp_path / "start")
-    prior = np.log((corpus.frequency + 0.5) / corpus.trained)
-    np.testing.assert_allclose(state["bias"].numpy(), prior[corpus.order], rtol=1e-5)
+    mean = mean_logits(corpus, settings())
+    np.testing.assert_allclose(state["bias"].numpy(), mean[corpus.order], rtol=1e-5)
 
 
 def test_without_validation_documents_no_zero_shot(corpus, tmp_path):
@@ -335,6 +364,41 @@ def test_a_dictionary_is_learnt():
     random = residual(targets, F.normalize(torch.randn(48, 32, generator=generator), dim=1), 2)
     assert learnt < 0.8 * first < 0.64 * random
     assert residual(targets, truth, 2) < 0.01
+
+
+def test_longer_targets_are_coded_better():
+    """More targets than atoms can serve: those that count more get the atoms."""
+    generator = torch.Generator().manual_seed(0)
+    targets = F.normalize(torch.randn(400, 32, generator=generator), dim=1)
+    weight = torch.ones(400, 1)
+    weight[300:] = 4
+    plain, weighted = (
+        learn_dictionary(rows, 48, 3, 1, 4, torch.Generator().manual_seed(1)) for rows in (targets, targets * weight)
+    )
+    light, heavy = targets[:300], targets[300:]
+    assert residual(heavy, weighted, 3) < 0.85 * residual(heavy, plain, 3)
+    assert residual(light, weighted, 3) > residual(light, plain, 3)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_the_sample_counts_each_training_document_of_a_label_once(corpus, monkeypatch, group):
+    source = load_label_documents(*corpus.inputs[:2])
+    generator = torch.Generator().manual_seed(0)
+    chosen, weight = start._sample(source, corpus.order, group, generator)
+    assert len(chosen) >= LABELS - 3
+    torch.testing.assert_close(
+        weight / weight[0], torch.from_numpy(source.frequency[chosen].clip(1) / source.frequency[chosen[0]]).float()
+    )
+
+    monkeypatch.setattr(start, "SAMPLE", 24)
+    drawn = [start._sample(source, corpus.order, group, generator) for _ in range(400)]
+    always = set.intersection(*(set(chosen.tolist()) for chosen, _ in drawn))
+    assert len(always) == 12  # the heaviest half
+    assert len(set.union(*(set(chosen.tolist()) for chosen, _ in drawn))) >= LABELS - 3
+    heavy = np.isin(np.arange(LABELS), list(always))
+    ratio = np.mean([float(weight[~heavy[chosen]].sum() / weight[heavy[chosen]].sum()) for chosen, weight in drawn])
+    known = source.counts > 0
+    assert ratio == pytest.approx(source.frequency[known & ~heavy].sum() / source.frequency[heavy].sum(), rel=0.05)
 
 
 def test_dictionary_larger_than_the_targets():
@@ -460,9 +524,9 @@ def test_a_label_on_every_document_stays_near_its_prior(tmp_path):
     build_start(config, tokens, embedded, tmp_path, tmp_path / "start")
     state = load_file(tmp_path / "start/head.safetensors")
     made = torch.from_numpy(vectors.astype(np.float32)) @ state["weight"][0] + state["bias"][0]
-    # its centroid is the mean itself: scaled to the full lift, its row would be noise a thousand times as large
-    assert made.std() < 3 * config.start.lift
-    assert abs(float(made.mean()) - np.log(180.5 / 180)) < 1
+    # its centroid is the mean itself, its row's direction noise: no reason to be longer than other rows
+    assert made.std() < 1.1 * config.start.spread
+    assert float(made.mean()) == pytest.approx(np.log(180.5 / 180) - config.start.spread**2 / 2, abs=0.2)
 
 
 def test_a_device_that_is_not_there_is_an_error(corpus, tmp_path, monkeypatch):
@@ -500,7 +564,7 @@ def test_equal_embeddings_are_an_error(tmp_path):
 def test_a_full_fan_in_is_the_ridge_classifier(corpus, tmp_path):
     config = settings(intermediate=0, fan_in=WIDTH)
     state, summary = run(corpus, config, tmp_path / "start")
-    expected = expected_dense(corpus, config.start.lift, np.log((corpus.frequency + 0.5) / corpus.trained))
+    expected = expected_dense(corpus, config)
     np.testing.assert_allclose(logits(corpus, config, state, corpus.validation_x), expected, atol=0.1, rtol=0.02)
     assert summary["residual"] < 1e-3
 

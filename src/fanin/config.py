@@ -53,7 +53,7 @@ class Clusters:
 class Start:
     source: str = "data"  # data | random
     rounds: int = 4  # dictionary rounds of the sparse coding
-    lift: float = 6.0  # how far a label's own documents lie above the mean logit
+    spread: float = 1.2  # standard deviation of a label's logit over documents (with loss bce)
 
 
 @dataclass
@@ -188,7 +188,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "encoder.embed_documents": (100, 10**9),
     "clusters.meta_labels": (2, 10**7),
     "start.rounds": (1, 100),
-    "start.lift": (1e-3, 1e3),
+    "start.spread": (1e-3, 1e3),
     "head.fan_in": (1, 10**6),
     "head.group": (1, 1024),
     "head.bottleneck": (1, 10**6),

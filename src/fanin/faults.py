@@ -1,4 +1,4 @@
-"""What a long run meets beside its own numbers: signals, a second run in its folder, memory that runs out."""
+"""What a long run meets beside its own numbers: signals, a second run in its folder, numbers that are none."""
 
 from __future__ import annotations
 
@@ -15,17 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-from fanin.checkpoint import last_good
 from fanin.files import InputError
-from fanin.memory import advice
-from fanin.memory.job import MIB, Job
-from fanin.memory.plan import Plan
 
-_LESS = 0.9  # of the plan, which did not fit: what a change must bring to be worth naming
 _CHUNK = 2**22  # entries looked at together
 _LOCK = ".lock"
 
@@ -92,30 +86,3 @@ def finite(tensors: Iterable[Tensor]) -> bool:
             if piece.numel() and not torch.stack(torch.aminmax(piece.float())).isfinite().all():  # both pass NaN on
                 return False
     return True
-
-
-@contextmanager
-def memory_explained(job: Job, plan: Plan, checkpoints: Path) -> Iterator[None]:
-    """Turn running out of memory into an InputError: what was held, what `plan` says is large, what to change."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        told = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        # what torch's allocator on a CPU raises has no class of its own
-        if not told and "t allocate memory" not in text and "not enough memory" not in text:
-            raise
-        if job.device.type == "cuda":
-            total = torch.cuda.get_device_properties(job.device).total_memory / MIB
-            held = f"at most {torch.cuda.max_memory_allocated(job.device) / MIB:,.0f} of {total:,.0f} MiB were allocated"
-        else:
-            held = f"{psutil.Process().memory_info().rss / MIB:,.0f} MiB were resident"
-        sizes = sorted(((size, part) for part, size in plan.lines().items() if size >= MIB), reverse=True)
-        largest = ", ".join(f"{part} {size / MIB:,.0f}" for size, part in sizes[:4])
-        enough = plan.baseline + int(_LESS * (plan.need - plan.baseline))
-        found = advice.cheapest(job, enough, plan.baseline)
-        options = "; or ".join(f"{change} ({other.need / MIB:,.0f} MiB)" for change, other in found)
-        raise InputError(
-            f"training ran out of memory on {job.device}: {held}; planned were {plan.need / MIB:,.0f} MiB, in the {plan.phase} "
-            f"phase ({largest}); less is taken with {options or 'fewer labels only'}; {last_good(checkpoints)} ({text[:300]})"
-        ) from error

@@ -38,7 +38,7 @@ def decode(index: Tensor, value: Tensor, atoms: Tensor, group: int = 1) -> Tenso
 
 
 def learn_dictionary(targets: Tensor, atoms: int, fan_in: int, group: int, rounds: int, generator: torch.Generator) -> Tensor:
-    """targets [n, D] of unit length -> [atoms, D] unit rows that code them well.
+    """targets [n, D] -> [atoms, D] unit rows that code them well; an error counts by the square of its target's length.
 
     Starts from `kmeans_dictionary`; the last of `rounds` rounds is the caller's own, final coding.
     """
@@ -50,15 +50,18 @@ def learn_dictionary(targets: Tensor, atoms: int, fan_in: int, group: int, round
 
 
 def kmeans_dictionary(targets: Tensor, atoms: int, generator: torch.Generator) -> Tensor:
-    """targets [n, D] of unit length -> [atoms, D] unit rows: k-means on the sphere, up to sign.
+    """targets [n, D] -> [atoms, D] unit rows: k-means on the sphere, up to sign, of targets weighted by their lengths.
 
-    Atoms that no target chooses, and those beyond the number of targets, are random directions.
+    It starts at the longest targets, at random among equals. Atoms that no target chooses, and those beyond the number of
+    targets, are random directions.
     """
     width = targets.shape[1]
     random = torch.randn(atoms, width, generator=generator).to(targets)
-    some = torch.randperm(len(targets), generator=generator)[:atoms].to(targets.device)
+    shuffled = torch.randperm(len(targets), generator=generator).to(targets.device)
+    longest = targets.norm(dim=1)[shuffled].mul(1e4).round().argsort(descending=True, stable=True)
+    some = shuffled[longest[:atoms]]
     dictionary = random.clone()
-    dictionary[: len(some)] = targets[some] + 0.01 * random[: len(some)]  # equal targets give atoms that differ
+    dictionary[: len(some)] = F.normalize(targets[some], dim=1) + 0.01 * random[: len(some)]  # equals give atoms that differ
     dictionary = F.normalize(dictionary, dim=1)
     for _ in range(KMEANS_ROUNDS):
         near = [(part @ dictionary.T).abs().argmax(1) for part in targets.split(max(_budget(targets) // atoms, 1))]

@@ -1,9 +1,11 @@
 """The head's start from data: a ridge classifier made of label centroids, in the form that the head has.
 
 In coordinates that whiten the documents, z = P (x - mean), the centroids of the labels are the rows of a closed-form
-ridge classifier (a mean-separating start: Schultheis & Babbar, arXiv 2109.13122). Each is scaled so that a label's own
-documents lie a fixed lift above its mean logit, and biases are the labels' priors. Labels go by in chunks: centroids are
-made, expressed by the head's form (`start_forms`), written into its state and ranked, and no array holds all of them.
+ridge classifier (a mean-separating start: Schultheis & Babbar, arXiv 2109.13122). There a row's length is the standard
+deviation of its logit over documents: all rows start with the same one, so that labels are ranked by how unusually well a
+document fits them and by their priors, the biases. (Rows scaled to lift their own documents equally would rank rare labels
+last: a centroid of few documents is long, mostly of noise, and would be shrunk the most.) Labels go by in chunks: centroids
+are made, expressed by the head's form (`start_forms`), written into its state and ranked, and no array holds all of them.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ RIDGE = 0.05  # of the covariance, in mean eigenvalues
 SAMPLE = 32768  # labels that a dictionary is learnt from
 CHUNK = 4096  # labels worked on at once
 SCORES = 2**24  # scores of validation documents held at once
+HINGE_LIFT = 2.0  # squared hinge: from -1, where nearly all its targets are, to the margin at 1
 NEAREST = 0.5  # own documents nearer to the mean than this, in standard deviations, are lifted less: that is noise
 CUTOFFS = (1, 3, 5)
 
@@ -84,10 +87,11 @@ def start_from_data(
         for start in range(0, source.labels, chunk):
             yield F.normalize(targets(order[start : start + chunk]), dim=1)
 
-    sample = F.normalize(targets(_sample(source, order, group, generator)), dim=1)
+    chosen, weight = _sample(source, order, group, generator)
+    sample = F.normalize(targets(chosen), dim=1) * weight.sqrt().to(device)[:, None]
     form = fit_form(config, white, sample, everything(), generator)
     del sample
-    bias, lift = _biases(config, source, order)
+    bias = _biases(config, source, order)
     state: dict[str, Tensor] = {"bias": bias}
     error = 0.0
     visits = _alike_together(source) if group == 1 else np.arange(source.labels)
@@ -97,8 +101,7 @@ def start_from_data(
         unit = F.normalize(target, dim=1)
         expressed = form.express(unit)
         error += float((unit - expressed.fitted).square().sum(dtype=torch.float64))
-        nearest = NEAREST * expressed.fitted.norm(dim=1).clamp_min(1e-6)
-        scale = lift / torch.linalg.vecdot(expressed.fitted, target).maximum(nearest)
+        scale = _scale(config, expressed.fitted, target)
         expressed = expressed._replace(weight=expressed.weight * scale[:, None], fitted=expressed.fitted * scale[:, None])
         ranking.offer(expressed.fitted, bias[rows].to(device), order[rows])
         _store(state, expressed, rows, group, source.labels, head.intermediate or source.width)
@@ -191,16 +194,30 @@ class _Ranking:
         return {f"P@{k}": round(100 * float(hits[:, :k].sum()) / (k * len(hits)), 3) for k in CUTOFFS}
 
 
-def _biases(config: Config, source: LabelDocuments, order: np.ndarray) -> tuple[Tensor, float]:
-    """Mean logits [L] in the head's order, and the lift of a label's own documents above them.
+def _biases(config: Config, source: LabelDocuments, order: np.ndarray) -> Tensor:
+    """Logits [L] of the mean document, in the head's order.
 
-    BCE: the log prior, and `start.lift`. Squared hinge: the least-squares optimum of targets of -1 and 1 for a row of
-    zeros is 2 prior - 1; a lift of 2 then takes a label's own documents to the margin at 1 (`start.lift` is not used).
+    BCE: the log prior less spread^2 / 2, so that the mean probability is the prior: a logit that spreads by s around m has
+    the mean odds exp(m + s^2 / 2). Squared hinge: the least-squares optimum of targets of -1 and 1 for a row of zeros.
+    Labels without an embedded document have rows of zeros: their logit is the prior's.
     """
     prior = torch.from_numpy((source.frequency[order] + 0.5) / max(source.documents, 1))
     if config.head.loss == "squared_hinge":
-        return (2 * prior.clamp_max(1) - 1).float(), 2.0
-    return prior.log().float(), config.start.lift
+        return (2 * prior.clamp_max(1) - 1).float()
+    spreads = torch.from_numpy(source.counts[order] > 0) * config.start.spread
+    return (prior.log() - spreads.square() / 2).float()
+
+
+def _scale(config: Config, fitted: Tensor, target: Tensor) -> Tensor:
+    """Factors [n] on whitened rows `fitted` [n, D] of labels whose centroids are `target` [n, D].
+
+    BCE: every logit's standard deviation over documents becomes `start.spread`. Squared hinge: a label's own documents come
+    to lie HINGE_LIFT above its mean logit.
+    """
+    length = fitted.norm(dim=1).clamp_min(1e-6)
+    if config.head.loss == "squared_hinge":
+        return HINGE_LIFT / torch.linalg.vecdot(fitted, target).maximum(NEAREST * length)
+    return config.start.spread / length
 
 
 def _alike_together(source: LabelDocuments) -> np.ndarray:
@@ -228,15 +245,30 @@ def _store(state: dict[str, Tensor], expressed: Expressed, rows: np.ndarray, gro
         state["index"].numpy()[rows[::group] // group] = expressed.index.cpu()
 
 
-def _sample(source: LabelDocuments, order: np.ndarray, group: int, generator: torch.Generator) -> np.ndarray:
-    """Whole groups of the head's order, at random, at most SAMPLE labels in all; none without an embedded document."""
-    covered = np.add.reduceat(source.counts[order], np.arange(0, len(order), group)) > 0
-    groups = np.flatnonzero(covered)
-    if not len(groups):
+def _sample(source: LabelDocuments, order: np.ndarray, group: int, generator: torch.Generator) -> tuple[np.ndarray, Tensor]:
+    """Labels [n] that a dictionary is learnt from, and what each one's error counts [n], 1 in the mean.
+
+    An error counts once for each training document of its label: logits of frequent labels decide most rankings, and their
+    centroids are least noisy. Whole groups of the head's order, at most SAMPLE labels, none without an embedded document:
+    half of them the heaviest, half drawn from the rest at random, which then count for those not drawn too.
+    """
+    begins = np.arange(0, len(order), group)
+    covered = np.flatnonzero(np.add.reduceat(source.counts[order], begins) > 0)
+    if not len(covered):
         raise InputError("embeddings.npy: no label has an embedded document; raise encoder.embed_documents")
-    some = groups[np.sort(torch.randperm(len(groups), generator=generator)[: max(SAMPLE // group, 1)].numpy())]
-    places = (some[:, None] * group + np.arange(group)).ravel()
-    return order[places[places < len(order)]]
+    size = max(SAMPLE // group, 1)
+    share = np.ones(len(begins))
+    if len(covered) > size:
+        weight = np.add.reduceat(source.frequency[order], begins)[covered]
+        covered = covered[np.argsort(-weight, kind="stable")]
+        heavy, rest = covered[: size // 2], covered[size // 2 :]
+        drawn = rest[torch.randperm(len(rest), generator=generator)[: size - len(heavy)].numpy()]
+        share[drawn] = len(rest) / len(drawn)
+        covered = np.sort(np.concatenate([heavy, drawn]))
+    places = (covered[:, None] * group + np.arange(group)).ravel()
+    places = places[places < len(order)]
+    weight = source.frequency[order[places]].clip(1) * share[places // group]
+    return order[places], torch.from_numpy(weight / weight.mean()).float()
 
 
 def _order(path: Path, labels: int, group: int) -> np.ndarray:

@@ -108,7 +108,9 @@ class FixedFanIn:
 def fit_form(
     config: Config, white: Whitening, sample: Tensor, everything: Iterable[Tensor], generator: torch.Generator
 ) -> Form:
-    """The form of `config.head`. sample [n, D]: unit rows, whole groups; everything: all rows [*, D], chunk by chunk.
+    """The form of `config.head`, fitted to rows in whole groups.
+
+    sample [n, D]: rows whose errors count by their squared lengths; everything: all rows [*, D], of unit length, in chunks.
 
     Raises InputError where the head reads more features, or has a wider bottleneck, than there are.
     """

@@ -20,10 +20,10 @@ from fanin.data.batches import split
 from fanin.data.tokens import TokenSet
 from fanin.devices import choose_device
 from fanin.encoder import choose_precision
-from fanin.faults import memory_explained, sole_run
+from fanin.faults import sole_run
 from fanin.files import InputError, atomic_path, read_json, sha256, write_json
 from fanin.heads import FixedFanIn
-from fanin.memory.fits import check, job_of
+from fanin.memory.fits import check, job_of, memory_explained
 from fanin.model import Classifier
 from fanin.ranks import ALONE, Ranks
 from fanin.trainer import Log, Trainer

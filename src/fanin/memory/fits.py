@@ -1,13 +1,17 @@
-"""Whether a run fits, asked before it starts."""
+"""Whether a run fits, asked before it starts; and what to say where it did not after all."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from fanin.checkpoint import last_good
 from fanin.config import Config
 from fanin.encoder import choose_precision, load_description
 from fanin.files import InputError
@@ -18,6 +22,7 @@ from fanin.memory.plan import Plan
 from fanin.memory.shapes import EncoderShape
 from fanin.ranks import ALONE, Ranks
 
+_LESS = 0.9  # of a plan that did not fit: what a change must bring to be worth naming
 # What the first training step loads beside what is imported by then: transformers' model code and torch's optimisers on a
 # CPU (205 MiB measured), the libraries' workspaces on a GPU.
 FIRST_USE = {"cpu": 208 * MIB, "cuda": 64 * MIB}
@@ -75,3 +80,30 @@ def refusal(job: Job, plan: Plan, room: int) -> str:
         return f"{said}it fits with {options}"
     change, other = advice.least(job, plan.baseline)
     return f"{said}even {change} takes {other.need / MIB:,.0f} MiB; use a larger device, or fewer labels"
+
+
+@contextmanager
+def memory_explained(job: Job, plan: Plan, checkpoints: Path) -> Iterator[None]:
+    """Turn running out of memory into an InputError: what was held, what `plan` says is large, what to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        told = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        # what torch's allocator on a CPU raises has no class of its own
+        if not told and "t allocate memory" not in text and "not enough memory" not in text:
+            raise
+        if job.device.type == "cuda":
+            total = torch.cuda.get_device_properties(job.device).total_memory / MIB
+            held = f"at most {torch.cuda.max_memory_allocated(job.device) / MIB:,.0f} of {total:,.0f} MiB were allocated"
+        else:
+            held = f"{psutil.Process().memory_info().rss / MIB:,.0f} MiB were resident"
+        sizes = sorted(((size, part) for part, size in plan.lines().items() if size >= MIB), reverse=True)
+        largest = ", ".join(f"{part} {size / MIB:,.0f}" for size, part in sizes[:4])
+        enough = plan.baseline + int(_LESS * (plan.need - plan.baseline))
+        found = advice.cheapest(job, enough, plan.baseline)
+        options = "; or ".join(f"{change} ({other.need / MIB:,.0f} MiB)" for change, other in found)
+        raise InputError(
+            f"training ran out of memory on {job.device}: {held}; planned were {plan.need / MIB:,.0f} MiB, in the {plan.phase} "
+            f"phase ({largest}); less is taken with {options or 'fewer labels only'}; {last_good(checkpoints)} ({text[:300]})"
+        ) from error
