@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--table", action="store_true", help="run nothing, show what there is")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup a closed terminal is no reason to stop
+            signal.signal(number, _interrupt)
     try:
         corpus, methods = corpus_of(options.corpus), load_methods()
         trial = dict(options.set)

@@ -76,7 +76,7 @@ def prepare(corpus: Corpus) -> dict[str, Any]:
     parts = [json.dumps(dataclasses.asdict(config.corpus)), *(f"{path.name} {sha256(path)}" for path in files)]
     made_of = hashlib.sha256("\n".join([*parts, stage_code("corpus")]).encode()).hexdigest()
     stamp = folder / "prepared.json"
-    if not (stamp.exists() and read_json(stamp)["made_of"] == made_of):
+    if not (stamp.exists() and read_json(stamp).get("made_of") == made_of):
         stamp.unlink(missing_ok=True)
         build_corpus(config, config.raw_folder, folder / "corpus")
         write_json(stamp, {"made_of": made_of, "documents": _digest(folder / "corpus")})

@@ -103,4 +103,7 @@ def configuration(settings: Mapping[str, Any], root: Path = Path()) -> Config:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "params.yaml"
         OmegaConf.save(params, path)
-        return load_config(path, root / "presets")
+        try:
+            return load_config(path, root / "presets")
+        except InputError as error:
+            raise InputError(str(error).replace(str(path), f"settings {dict(settings)} over params.yaml")) from None

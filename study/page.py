@@ -58,8 +58,9 @@ def _measured(records: Sequence[Mapping[str, Any]], path: Path) -> str:
         documents = f"{data['train_documents']:,} training documents, {data['test_documents']:,} test documents"
         labels = f"{data['labels']:,} labels of which {data['labels_seen_once']:,} have one training document"
         corpus = f"{documents}, {labels}, {data['labels_per_document']:.1f} labels a document.\n\n"
+    notes = "".join(f"\n\n{note}" for note in dict.fromkeys(record["note"] for record in records if "note" in record))
     commits = sorted({record["commit"][:12] + ("-dirty" if record["commit"].endswith("-dirty") else "") for record in records})
-    return corpus + f"{len(records)} records, {device}, commit {', '.join(commits)} (`{path.as_posix()}`)."
+    return corpus + f"{len(records)} records, {device}, commit {', '.join(commits)} (`{path.as_posix()}`).{notes}"
 
 
 def renewed(text: str, methods: Mapping[str, Method], plots: Path | None) -> str:

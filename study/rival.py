@@ -51,6 +51,7 @@ def run(method: Method, corpus: Corpus, seed: int) -> dict[str, Any]:
         **quality(evaluation),
         "model_mib": round(told["model_bytes"] / _MIB, 3),
         "train_seconds": told["train_seconds"],
+        "train_cpu_seconds": told["train_cpu_seconds"],
         "rank_seconds": told["rank_seconds"],
         "peak_mib": told["peak_mib"],
         "settings": told["settings"],

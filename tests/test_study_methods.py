@@ -85,7 +85,7 @@ def test_a_broken_entry_is_named(entry: str, message: str, tmp_path: Path) -> No
 
 
 def test_a_setting_that_does_not_exist_is_told() -> None:
-    with pytest.raises(InputError, match=r"head\.fanin is not a setting"):
+    with pytest.raises(InputError, match=r"^settings \{'head.fanin': 3\} over params.yaml: head\.fanin is not a setting"):
         configuration({"head.fanin": 3}, ROOT)
 
 

@@ -54,7 +54,7 @@ def test_nearest_neighbours_find_the_labels_that_the_words_name(corpus: Corpus) 
     assert record["peak_mib"] > 10
     assert record["settings"]["tfidf"]["ngram_range"] == [1, 2]
     assert record["rival_versions"]["scikit-learn"]
-    assert {"head", "torso", "tail", "train_seconds", "commit", "device", "data"} <= set(record)
+    assert {"head", "torso", "tail", "train_seconds", "train_cpu_seconds", "commit", "device", "data"} <= set(record)
 
 
 @needs_sklearn
