@@ -62,9 +62,9 @@ def ending(project: Path) -> tuple[str, str]:
 
 
 def test_success_ends_finished(project: Path) -> None:
-    process = start(project, "run.metrics({'loss': 0.5}, 7)\nprint(config.head.fan_in)")
+    process = start(project, "run.metrics({'loss': 0.5}, 7)\nprint(config.head.kind)")
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out.strip()) == (0, "32"), err
+    assert (process.returncode, out.strip()) == (0, "fixed_fan_in"), err
     assert ending(project) == ("FINISHED", "")
     (point,) = [event for event in journal(project) if event["event"] == "metrics" and "loss" in event["values"]]
     assert (point["values"], point["step"]) == ({"loss": 0.5}, 7)
