@@ -29,9 +29,8 @@ from fanin.model import Classifier
 from fanin.ranks import ALONE, Ranks
 from fanin.retrieval import rank as rank_documents
 from fanin.trainer import Trainer
-from fanin.training import train
 from together import Together
-from training_folder import LABELS, assert_same_run, prepare
+from training_folder import LABELS, assert_same_run, prepare, small_config, train_in
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +52,6 @@ def folder(tmp_path_factory, together):
 
 def settings(folder: Path, changes: dict) -> Config:
     """Nothing that rounding can turn into another choice: features regrown at random, no dropout."""
-    from training_folder import small_config
-
     config = small_config(folder / "encoder")
     config.encoder.dropout, config.encoder.hidden_dropout, config.rewiring.method = 0.0, 0.0, "set"
     for name, value in changes.items():
@@ -68,7 +65,6 @@ def settings(folder: Path, changes: dict) -> Config:
 
 def train_here(ranks: Ranks, folder: str, name: str, changes: dict, die: list | None = None) -> None:
     """Train; die: [rank, step] that kills itself, [-1, step] all of them."""
-    data, out = Path(folder) / "data", Path(folder) / name
     if die:
         step_of, own = Trainer._train_step, die[0] in (-1, ranks.rank)
 
@@ -78,17 +74,7 @@ def train_here(ranks: Ranks, folder: str, name: str, changes: dict, die: list | 
             return step_of(self, stream)
 
         Trainer._train_step = step_and_die
-    train(
-        settings(Path(folder), changes),
-        tokens_folder=data / "tokens",
-        clusters_folder=data / "clusters",
-        start_folder=data / "start",
-        labels=data / "corpus" / "labels.parquet",
-        models=out / "models",
-        reports=out / "reports",
-        checkpoints=out / "checkpoints",
-        ranks=ranks,
-    )
+    train_in(Path(folder), settings(Path(folder), changes), name, ranks=ranks)
 
 
 def collectives(ranks: Ranks) -> None:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fanin.config import Auxiliary, Config, Encoder, Head, Rewiring, Start, Tokens, Train
+from fanin.ranks import ALONE, Ranks
 from fanin.training import train
 from tiny import tiny_encoder_folder, tiny_token_set
 
@@ -62,7 +63,7 @@ def prepare(folder: Path) -> Config:
     return small_config(tiny_encoder_folder(folder, dropout=0.1))
 
 
-def train_in(folder: Path, config: Config, name: str = "run", log=lambda metrics, step: None) -> dict:
+def train_in(folder: Path, config: Config, name: str = "run", log=lambda metrics, step: None, ranks: Ranks = ALONE) -> dict:
     """Train on folder/data; models, reports and checkpoints go to folder/<name>."""
     data, out = folder / "data", folder / name
     return train(
@@ -75,6 +76,7 @@ def train_in(folder: Path, config: Config, name: str = "run", log=lambda metrics
         reports=out / "reports",
         checkpoints=out / "checkpoints",
         log=log,
+        ranks=ranks,
     )
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fanin.files import InputError, atomic_path
+from fanin.optim import parameters_of
 from fanin.ranks import ALONE, Ranks
 from fanin.tensor_file import (
     BLOCK,
@@ -207,7 +208,7 @@ def empty_optimizer_tensors(optimizer: torch.optim.Optimizer, entries: Mapping[s
 
     That is with their parameters; but torch's optimisers count steps on the CPU unless they are fused.
     """
-    parameters = _parameters(optimizer)
+    parameters = parameters_of(optimizer)
     counted = None if optimizer.defaults.get("fused") else "cpu"
     tensors = {}
     for key, entry in entries.items():
@@ -219,15 +220,11 @@ def empty_optimizer_tensors(optimizer: torch.optim.Optimizer, entries: Mapping[s
 
 def adopt_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Make `tensors` themselves, uncopied, the optimiser's whole state."""
-    parameters = _parameters(optimizer)
+    parameters = parameters_of(optimizer)
     optimizer.state.clear()
     for key, value in tensors.items():
         place, _, name = key.partition(".")
         optimizer.state[parameters[int(place)]][name] = value
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

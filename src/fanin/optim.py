@@ -136,6 +136,11 @@ def _round(values: Tensor, bits: Tensor, target: Tensor) -> None:
     target.copy_(bits.add_(values.view(torch.int32)).bitwise_and_(_HIGH).view(torch.float32))
 
 
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All groups' parameters, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's rate to `factor` times its peak rate."""
     for group in optimizer.param_groups:

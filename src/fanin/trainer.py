@@ -42,7 +42,7 @@ from fanin.files import InputError
 from fanin.metrics import csr, match, precision
 from fanin.model import Classifier
 from fanin.objectives import AuxiliaryObjective, Positives
-from fanin.optim import adamw, set_learning_rate, warmup_cosine
+from fanin.optim import adamw, parameters_of, set_learning_rate, warmup_cosine
 from fanin.retrieval import rank
 from fanin.rewiring import Schedule
 from fanin.seeds import seed_of
@@ -260,24 +260,21 @@ class Trainer:
 
     def _take(self, stream: Iterator[Batch]) -> tuple[Batch, Positives, Positives]:
         """The next batch on the classifier's device; its positives of this rank's labels, and of this rank's documents."""
-        batch, head = next(stream), self.classifier.head
-        positives = own = batch.positives
-        if self.ranks.size > 1:
-            positives = batch.positives.between(head.first, head.first + head.labels)
-            own = batch.positives.of_documents(*self.ranks.share(len(batch.rows)))
-        device = self.classifier.device
-        return batch.to(device), positives.to(device), own.to(device)
+        batch, head, device = next(stream), self.classifier.head, self.classifier.device
+        moved = batch.to(device)
+        if self.ranks.size == 1:
+            return moved, moved.positives, moved.positives
+        positives = batch.positives.between(head.first, head.first + head.labels)
+        own = batch.positives.of_documents(*self.ranks.share(len(batch.rows)))
+        return moved, positives.to(device), own.to(device)
 
     def _nothing(self) -> Tensor:
         """Features of no document: a last batch can be smaller than the number of ranks."""
         return torch.empty(0, self.classifier.head.width, device=self.classifier.device)
 
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
     def _sum_gradients(self) -> None:
         """Give every rank the sum of all ranks' gradients, in place."""
-        parameters = self._parameters()
+        parameters = parameters_of(self.optimizer)
         used = self.ranks.most([parameter.grad is not None for parameter in parameters])
         for parameter, anywhere in zip(parameters, used, strict=True):
             if anywhere and parameter.grad is None:  # no document was this rank's
@@ -285,7 +282,7 @@ class Trainer:
         self.ranks.sum_(parameter.grad for parameter in parameters if parameter.grad is not None)
 
     def _gradient_is_finite(self) -> bool:
-        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters_of(self.optimizer) if parameter.grad is not None]
         return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
     def _skip(self, batches: int, reason: str) -> None:
@@ -362,8 +359,8 @@ class Trainer:
         """Where this rank's part of head and order lies in the whole, by the names of a checkpoint."""
         if self.ranks.size == 1:
             return {}
-        names = {name: name if name == "order" else f"head.{name}" for name in self.classifier.places()}
-        return {f"classifier.{names[name]}": place for name, place in self.classifier.places().items()}
+        places = self.classifier.places().items()
+        return {f"classifier.{name if name == 'order' else f'head.{name}'}": place for name, place in places}
 
     def _warn(self, problem: str) -> None:
         if not self.ranks.leads:
