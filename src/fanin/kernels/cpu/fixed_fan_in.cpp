@@ -112,7 +112,30 @@ inline vf reciprocal(vf x) {
 #endif
 }
 
+#ifdef __AVX512F__
+// To about 1e-7: e^-z = 2^n 2^(j / 32) 2^f with j from a table and |f| <= 1/64, which leaves a polynomial of degree 2.
+struct Powers {
+    alignas(64) int32_t bits[32];  // of 2^(j / 32), less what j itself adds to the exponent below
+    Powers() {
+        for (int j = 0; j < 32; j++) bits[j] = int32_t(float_to_bits(float(std::exp2(j / 32.0)))) - (j << 18);
+    }
+};
+const Powers POWERS;
+
+inline vf sigmoid(vf z) {
+    const __m512 magic = _mm512_set1_ps(393216.0f), slope = _mm512_set1_ps(-1.44269504f);  // 1.5 * 2^18: rounds to 1/32
+    __m512 x = _mm512_min_ps(_mm512_max_ps((__m512)z, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(87.0f));
+    __m512 shifted = _mm512_fmadd_ps(x, slope, magic);
+    __m512 f = _mm512_fmsub_ps(x, slope, _mm512_sub_ps(shifted, magic));
+    __m512i j = _mm512_castps_si512(shifted);
+    __m512i table = _mm512_permutex2var_epi32(_mm512_load_si512(POWERS.bits), j, _mm512_load_si512(POWERS.bits + 16));
+    vf power = (vf)_mm512_castsi512_ps(_mm512_add_epi32(table, _mm512_slli_epi32(j, 18)));
+    vf p = (vf)f * 2.40226507e-1f + 6.93147181e-1f;
+    return reciprocal(1.0f + power * (p * (vf)f + 1.0f));
+}
+#else
 inline vf sigmoid(vf z) { return reciprocal(1.0f + exponential(-z)); }
+#endif
 
 // log(1 + e^z) = max(z, 0) + 2 artanh(t / (2 + t)) with t = e^-|z|, to about 1e-7, relative
 inline vf softplus(vf z) {
@@ -238,10 +261,10 @@ void indices(const void* stored, int64_t type, int64_t at, int64_t n, int32_t* o
     }
 }
 
-// SGD for one label's row; `gradient` is overwritten, `old` are the decoded weights.
-void update_row(const Job& job, int64_t label, const float* __restrict old, float* __restrict gradient) {
-    const int64_t n = job.fan_in, at = label * n;
-    const uint64_t place = uint64_t(job.first + label) * uint64_t(n);
+// SGD for the rows of some labels, one after the other; `gradient` is overwritten, `old` are the decoded weights.
+void update_rows(const Job& job, int64_t label, int64_t rows, const float* __restrict old, float* __restrict gradient) {
+    const int64_t n = rows * job.fan_in, at = label * job.fan_in;
+    const uint64_t place = uint64_t(job.first + label) * uint64_t(job.fan_in);
     if (job.weight_type == FLOAT32 && job.momentum_type == FLOAT32 && n % LANES == 0) {  // the usual case, in one sweep
         float *w = static_cast<float*>(job.weight) + at, *m = static_cast<float*>(job.momentum) + at;
         for (int64_t i = 0; i < n; i += LANES) {
@@ -421,9 +444,23 @@ void block_input(float* dx, const int32_t* index, const float* weight, int64_t s
         }
 }
 
+// Floats from a cache line's start on: a vector across two lines costs two accesses.
+class Lines {
+    struct alignas(64) Line { float values[LANES]; };
+    std::vector<Line> lines;
+
+public:
+    void assign(int64_t n, float value) {
+        lines.resize((n + LANES - 1) / LANES);
+        std::fill(data(), data() + lines.size() * LANES, value);
+    }
+    float* data() { return lines.empty() ? nullptr : lines[0].values; }
+    float& operator[](int64_t i) { return data()[i]; }
+};
+
 struct Scratch {
     int64_t stride;  // K rounded up to whole vectors
-    std::vector<float> weight, dweight, turned, z, dbias, dense, best;
+    Lines weight, dweight, turned, z, dbias, dense, best;
     std::vector<int32_t> index;
 
     explicit Scratch(const Job& job) : stride((job.fan_in + LANES - 1) / LANES * LANES) {
@@ -431,7 +468,7 @@ struct Scratch {
         dweight.assign(job.group * stride, 0.0f);
         index.assign(stride, 0);  // beyond K it stays 0: some row is read there, with weight 0
         z.assign(job.group * PANEL, 0.0f);
-        dbias.assign((job.group + LANES - 1) / LANES * LANES, 0.0f);
+        dbias.assign(job.group, 0.0f);
         if (job.group > 1) turned.assign(PANEL * stride, 0.0f);
         if (job.mode == CANDIDATES) {
             dense.assign(job.group * ((job.features + LANES - 1) / LANES * LANES), 0.0f);
@@ -450,10 +487,11 @@ void group_logits(const Job& job, Scratch& s, const float* x, int64_t members, c
         block_logits<NV, 1>(x, s.index.data(), &s.weight[l * s.stride], s.stride, n, bias ? bias + l : nullptr, &s.z[l * PANEL]);
 }
 
+// Up to 16 sums at once: fewer would wait for their own last addition.
 template <int N>
 void group_weight_rows(Scratch& s, int64_t l, int64_t columns) {
     int64_t k = 0;
-    for (; k + 4 * LANES <= s.stride; k += 4 * LANES)
+    for (; N < 8 && k + 4 * LANES <= s.stride; k += 4 * LANES)
         block_weight<N, 4>(&s.turned[k], &s.z[l * PANEL], columns, s.stride, &s.dweight[l * s.stride + k]);
     for (; k + 2 * LANES <= s.stride; k += 2 * LANES)
         block_weight<N, 2>(&s.turned[k], &s.z[l * PANEL], columns, s.stride, &s.dweight[l * s.stride + k]);
@@ -471,6 +509,7 @@ void group_weight(Scratch& s, const float* x, int64_t members) {
             for (int i = 0; i < LANES; i++) save(&s.turned[(v * LANES + i) * s.stride + k], square[i]);
         }
     int64_t l = 0;
+    for (; l + 8 <= members; l += 8) group_weight_rows<8>(s, l, NV * LANES);
     for (; l + 4 <= members; l += 4) group_weight_rows<4>(s, l, NV * LANES);
     for (; l < members; l++) group_weight_rows<1>(s, l, NV * LANES);
 }
@@ -588,6 +627,7 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
 void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const Job&, int64_t)) {
     const int64_t begin = slice ? stop_of(job, slice - 1) : 0, end = stop_of(job, slice), n = job.fan_in;
     const int64_t padded = (job.batch + LANES - 1) / LANES * LANES, panels = (padded + PANEL - 1) / PANEL;
+    const int64_t padded_features = (job.features + LANES - 1) / LANES * LANES;
     float* dx = job.dx ? job.dx + slice * padded * job.features : nullptr;
     if (dx) std::memset(dx, 0, padded * job.features * sizeof(float));
     if (job.mode == MAXIMA)
@@ -606,16 +646,18 @@ void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const 
     double loss = 0;
     for (int64_t label = begin; label < end; label += job.group) {
         const int64_t members = end - label < job.group ? end - label : job.group;
+        const int64_t rows = s.stride == n ? members : 1;  // that lie one after the other in s.weight too
         indices(job.index, job.index_type, label / job.group * n, n, s.index.data());
-        for (int64_t l = 0; l < members; l++) decode(job.weight, job.weight_type, (label + l) * n, n, &s.weight[l * s.stride]);
+        for (int64_t l = 0; l < members; l += rows)
+            decode(job.weight, job.weight_type, (label + l) * n, rows * n, &s.weight[l * s.stride]);
         if (with_positives)
             for (int64_t l = 0; l < members; l++) {
                 positives[l].begin = next;
                 while (next < job.positives && job.positive_labels[next] == label + l) next++;
                 positives[l].end = next;
             }
-        std::fill(s.dbias.begin(), s.dbias.end(), 0.0f);
-        if (job.mode == CANDIDATES) std::fill(s.dense.begin(), s.dense.end(), 0.0f);
+        s.dbias.assign(job.group, 0.0f);
+        if (job.mode == CANDIDATES) s.dense.assign(job.group * padded_features, 0.0f);
         if (job.mode == STEP || job.dweight) std::memset(s.dweight.data(), 0, members * s.stride * sizeof(float));
         for (int64_t p = 0; p < panels; p++) {
             const int64_t vectors = (padded - p * PANEL) / LANES;
@@ -625,14 +667,12 @@ void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const 
             else loss += panel<1>(job, s, p, label, members, dx, positives.data());
         }
         if (job.mode == CANDIDATES) choose_candidates(job, s, members, job.candidates + label / job.group * job.count);
-        for (int64_t l = 0; l < members; l++) {
-            if (job.mode == STEP) {
-                update_row(job, label + l, &s.weight[l * s.stride], &s.dweight[l * s.stride]);
-                if (job.bias) update_bias(job, label + l, s.dbias[l]);
-            } else if (job.dweight) {
-                std::memcpy(job.dweight + (label + l) * n, &s.dweight[l * s.stride], n * sizeof(float));
-            }
+        for (int64_t l = 0; l < members; l += rows) {
+            if (job.mode == STEP) update_rows(job, label + l, rows, &s.weight[l * s.stride], &s.dweight[l * s.stride]);
+            else if (job.dweight) std::memcpy(job.dweight + (label + l) * n, &s.dweight[l * s.stride], rows * n * sizeof(float));
         }
+        if (job.mode == STEP && job.bias)
+            for (int64_t l = 0; l < members; l++) update_bias(job, label + l, s.dbias[l]);
     }
     if (job.losses) job.losses[slice] = loss;
 }
