@@ -341,6 +341,24 @@ def test_a_known_code_is_found():
     assert residual(targets, dictionary, 3) < 0.01
 
 
+@pytest.mark.parametrize(("group", "rounds"), [(1, 32), (4, 32), (1, 2), (4, 3)])
+def test_each_round_takes_the_atoms_with_the_most_energy_in_what_is_left(group, rounds):
+    """Orthogonal matching pursuit, step by step with least squares in place of an orthonormal basis."""
+    generator = torch.Generator().manual_seed(3)
+    targets, atoms = (F.normalize(torch.randn(n, 20, generator=generator), dim=1) for n in (24, 50))
+    fan_in = 7
+    index, _ = encode(targets, atoms, fan_in, group, rounds)
+    for own, found in zip(targets.view(-1, group, 20).double().numpy(), index, strict=True):
+        chosen: list[int] = []
+        while len(chosen) < fan_in:
+            basis = atoms[chosen].double().numpy().T
+            left = own.T - basis @ np.linalg.lstsq(basis, own.T, rcond=None)[0] if chosen else own.T
+            energy = ((atoms.double().numpy() @ left) ** 2).sum(1)
+            energy[chosen] = -1
+            chosen += np.argsort(-energy)[: min(-(-fan_in // rounds), fan_in - len(chosen))].tolist()
+        assert found.tolist() == sorted(chosen)
+
+
 def test_values_are_the_least_squares_ones():
     targets, dictionary, _ = sparse_targets(atoms=48, fan_in=8, targets=20)
     index, value = encode(targets, dictionary, 4)

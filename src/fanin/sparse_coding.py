@@ -1,10 +1,11 @@
 """Sparse coding: each target a sum of K atoms of a dictionary, and a dictionary learnt for a set of targets.
 
-The support is found by iterative hard thresholding (Blumensath & Davies, ACHA 2009) with Nesterov's momentum, the values
-on it by least squares. With groups, runs of `group` targets choose one support by their joint energy (simultaneous
-sparse approximation, Tropp et al., Signal Processing 2006). The dictionary alternates codes and least squares (the
-method of optimal directions, Engan et al., ICASSP 1999). A code is stored as index [ceil(n / G), K] int64, ascending and
-distinct in each row, and value [n, K]; nothing here is as large as targets times atoms.
+The support is found by orthogonal matching pursuit (Pati, Rezaiifar & Krishnaprasad, Asilomar 1993), a few atoms a round
+where K is large (generalised OMP: Wang, Kwon & Shim, IEEE Transactions on Signal Processing 2012), the values on it by
+least squares. With groups, runs of `group` targets choose one support by their joint energy (simultaneous sparse
+approximation, Tropp et al., Signal Processing 2006). The dictionary alternates codes and least squares (the method of
+optimal directions, Engan et al., ICASSP 1999). A code is stored as index [ceil(n / G), K] int64, ascending and distinct in
+each row, and value [n, K]; nothing here is as large as targets times atoms.
 """
 
 from __future__ import annotations
@@ -13,23 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ITERATIONS = 30  # of hard thresholding when the codes are final
-LEARNING_ITERATIONS = 12  # while the dictionary still changes
-LONG_STEPS = 3  # so many first steps are taken
-LONG = 4.0  # times as far as is safe: the support settles sooner
+ROUNDS = 32  # of atoms chosen when the codes are final
+LEARNING_ROUNDS = 8  # while the dictionary still changes: three times as fast, and the dictionary is as good
 RIDGE = 1e-3  # of the least squares on a support: its atoms may be nearly dependent
+EXACT = 1e-10  # of a target's energy
 KMEANS_ROUNDS = 8
 SOLVER_ROUNDS = 10  # conjugate gradients a dictionary update, from the dictionary before it
 CPU_BUDGET, GPU_BUDGET = 2**21, 2**26  # numbers in a chunk's largest array: on a CPU it should stay in the cache
 
 
-def encode(targets: Tensor, atoms: Tensor, fan_in: int, group: int = 1, iterations: int = ITERATIONS) -> tuple[Tensor, Tensor]:
-    """targets [n, D] and atoms [m, D] of unit length -> a code of `fan_in` atoms a target: (index, value)."""
-    gram = atoms.T @ atoms if len(atoms) > atoms.shape[1] else atoms @ atoms.T
-    step = 1 / float(torch.linalg.eigvalsh(gram)[-1])
-    chunk = max(_budget(targets) // (len(atoms) * group), 1) * group
-    parts = [_encode(part, atoms, fan_in, group, iterations, step) for part in targets.split(chunk)]
-    return torch.cat([index for index, _ in parts]), torch.cat([value for _, value in parts])
+def encode(targets: Tensor, atoms: Tensor, fan_in: int, group: int = 1, rounds: int = ROUNDS) -> tuple[Tensor, Tensor]:
+    """targets [n, D] and atoms [m, D] of unit length -> a code (index, value), its `fan_in` atoms chosen in `rounds`."""
+    targets, n = F.pad(targets, (0, 0, 0, -len(targets) % group)), len(targets)
+    some = max(_budget(targets) // max(len(atoms) * group, fan_in * atoms.shape[1]), 1)
+    index = torch.cat([_support(part, atoms, fan_in, group, rounds) for part in targets.split(some * group)])
+    index = index.sort(dim=1).values
+    return index, _least_squares(targets, atoms, index, group)[:n]
 
 
 def decode(index: Tensor, value: Tensor, atoms: Tensor, group: int = 1) -> Tensor:
@@ -44,7 +44,7 @@ def learn_dictionary(targets: Tensor, atoms: int, fan_in: int, group: int, round
     """
     dictionary = kmeans_dictionary(targets, atoms, generator)
     for _ in range(rounds - 1):
-        index, value = encode(targets, dictionary, fan_in, group, LEARNING_ITERATIONS)
+        index, value = encode(targets, dictionary, fan_in, group, LEARNING_ROUNDS)
         dictionary = _best_dictionary(_rows(index, len(value), group), value, targets, dictionary)
     return dictionary
 
@@ -73,33 +73,28 @@ def kmeans_dictionary(targets: Tensor, atoms: int, generator: torch.Generator) -
     return dictionary
 
 
-def _encode(targets: Tensor, atoms: Tensor, fan_in: int, group: int, iterations: int, step: float) -> tuple[Tensor, Tensor]:
-    """`encode` for one chunk. The gradient of the point reached needs its sum of atoms, so that sum is what is kept."""
-    n = len(targets)
-    targets = F.pad(targets, (0, 0, 0, -n % group))
-    index = last_index = torch.zeros(len(targets) // group, fan_in, dtype=torch.int64, device=targets.device)
-    value = last_value = targets.new_zeros(len(targets), fan_in)
-    fit = last_fit = torch.zeros_like(targets)
-    push, t = 0.0, 1.0
-    for i in range(iterations):
-        ahead = torch.lerp(last_fit, fit, 1 + push)
-        u = ((targets - ahead) * (step * (LONG if i < LONG_STEPS else 1))) @ atoms.T
-        u.scatter_add_(1, _rows(index, len(u), group), value * (1 + push))
-        u.scatter_add_(1, _rows(last_index, len(u), group), last_value * -push)
-        last_index, last_value, last_fit = index, value, fit
-        index = _largest(u, fan_in, group)
-        value = u.gather(1, _rows(index, len(u), group))
-        fit = decode(index, value, atoms, group)
-        t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
-        push, t = (t - 1) / t_next, t_next
-    index = index.sort(dim=1).values
-    return index, _least_squares(targets, atoms, index, group)[:n]
+def _support(targets: Tensor, atoms: Tensor, fan_in: int, group: int, rounds: int) -> Tensor:
+    """targets [n, D] in whole groups -> [n / group, fan_in]: each round adds the atoms with the most energy in what is left.
 
-
-def _largest(u: Tensor, fan_in: int, group: int) -> Tensor:
-    """u [n, m] -> [n / group, fan_in]: the atoms with the most energy in each run of `group` rows."""
-    energy = u.abs() if group == 1 else u.square().view(-1, group, u.shape[1]).sum(1)
-    return energy.topk(fan_in, dim=1, sorted=False).indices
+    What is left of a target is orthogonal to the atoms chosen: they are kept as an orthonormal basis.
+    """
+    left = targets.unflatten(0, (-1, group))
+    groups, width = len(left), atoms.shape[1]
+    index = torch.empty(groups, fan_in, dtype=torch.int64, device=targets.device)
+    basis = targets.new_empty(groups, fan_in, width)
+    at_once, known = -(-fan_in // rounds), 0
+    floor = EXACT * left.square().sum(2, keepdim=True)  # what is left below it is rounding, which should choose nothing
+    while known < fan_in:
+        score = (left.flatten(0, 1) @ atoms.T).square_().unflatten(0, (-1, group))
+        energy = (score[:, 0] if group == 1 else score.sum(1)).scatter_(1, index[:, :known], -1)
+        for chosen in energy.topk(min(at_once, fan_in - known), dim=1).indices.T:
+            new, before = atoms[chosen, None], basis[:, :known]
+            new = F.normalize(new - torch.bmm(torch.bmm(new, before.mT), before), dim=2)
+            index[:, known], basis[:, known] = chosen, new[:, 0]
+            left = left - torch.bmm(torch.bmm(left, new.mT), new)
+            known += 1
+        left = left * (left.square().sum(2, keepdim=True) > floor)
+    return index
 
 
 def _least_squares(targets: Tensor, atoms: Tensor, index: Tensor, group: int) -> Tensor:
