@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 import warnings
 
 import pytest
@@ -13,6 +14,7 @@ from fanin import kernels
 from fanin.kernels import BACKENDS, Layer, Unavailable, Update, backend
 from fanin.kernels.layer import decode, mix, random_bits, store
 from fanin.kernels.reference import expand
+from layer_cases import check_rest, check_step
 
 # labels, width, fan-in, batch, group: ragged sizes, every kind of K, one label, one document, several panels of documents
 SHAPES = [
@@ -379,6 +381,26 @@ class TestBuild:
         monkeypatch.setattr(build, "_build", lambda command, target: target.write_bytes(b"not a library"))
         with pytest.raises(Unavailable, match=r"cannot be loaded .* remove it to build it again"):
             build.library()
+
+    @pytest.mark.parametrize("instructions", ["avx2 fma", "sse2"])
+    def test_narrower_vectors_than_this_processor_has(self, build, monkeypatch, instructions):
+        from fanin.kernels.cpu import Cpu
+
+        names = instructions.split()
+        if platform.machine() != "x86_64" or not set(names) <= set(build._instructions().split()):
+            pytest.skip(f"needs an x86-64 processor with {instructions}")
+        flags = [flag for flag in build.FLAGS if flag != "-march=native"] + [f"-m{name}" for name in names]
+        monkeypatch.setattr(build, "FLAGS", flags)
+        narrow = Cpu()
+        for shape in SHAPES:
+            check_step(narrow, "cpu", shape)
+            check_step(narrow, "cpu", shape, "squared_hinge")
+            check_rest(narrow, "cpu", shape)
+            layer, x, labels, documents = case(*shape)
+            z = narrow.logits(x, layer)
+            assert torch.equal(narrow.topk(x, layer, 1)[0], z.topk(1, dim=1).values)
+            found = narrow.candidates(x, layer, labels, documents, 1)
+            assert torch.equal(found, backend("reference").candidates(x, layer, labels, documents, 1))
 
 
 @pytest.mark.parametrize("shape", [(70, 48, 7, 5, 1), (203, 300, 32, 70, 16), (40, 30, 28, 9, 8), (64, 5000, 8, 3, 1)])

@@ -7,12 +7,14 @@
 // Labels are cut into slices, a number that depends on the shapes alone; each slice sums into a dx of its own, and these are
 // added in order. So the result does not depend on how many threads there are.
 //
-// Vectors are the compiler's own vector extension: 16 floats, one AVX-512 register, two AVX or four NEON ones.
+// Vectors are the compiler's own vector extension, as wide as one register: GCC keeps wider ones in memory, ten times as slow.
+// How many sums are made at once follows from the number of registers.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -20,9 +22,19 @@
 
 namespace {
 
-constexpr int LANES = 16, PANEL = 64;
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int LANES = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, REGISTERS = 32;
+#else
+constexpr int LANES = 4, REGISTERS = 16;
+#endif
+constexpr int LINE = 16, PANEL = 64;  // floats in a cache line, to which panels are filled up; documents in a whole panel
+constexpr int SUMS = REGISTERS / 2;   // that are held in registers at once
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 
 enum Mode : int64_t { STEP = 0, LOGITS = 1, GRADIENTS = 2, MAXIMA = 3, CANDIDATES = 4 };
 enum Loss : int64_t { BCE = 0, SQUARED_HINGE = 1 };
@@ -41,49 +53,45 @@ inline uint32_t float_to_bits(float f) { uint32_t b; std::memcpy(&b, &f, sizeof 
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
 #endif
+typedef std::make_integer_sequence<int, LANES> Lanes;
 
+// In runs of S lanes, a0 a1 a2 a3 .. and b0 b1 b2 b3 ..: firsts are a0 b0 a2 b2 .., seconds a1 b1 a3 b3 ..
+template <int S, int... I>
+inline vf firsts(vf a, vf b, std::integer_sequence<int, I...>) { return SHUFFLE(a, b, (I & S ? I - S + LANES : I)...); }
+template <int S, int... I>
+inline vf seconds(vf a, vf b, std::integer_sequence<int, I...>) { return SHUFFLE(a, b, (I & S ? I + LANES : I + S)...); }
+template <int S, int... I>
+inline vf exchanged(vf a, std::integer_sequence<int, I...>) { return SHUFFLE(a, a, (I ^ S)...); }
+
+template <int S = LANES / 2>
 inline float total(vf v) {
-    v += SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    v += SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    v += SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    return v[0] + v[1];
+    if constexpr (S == 1) return v[0] + v[1];
+    else return total<S / 2>(v + exchanged<S>(v, Lanes()));
 }
 
 // Lane j of the result is the sum of a[j]'s lanes.
+template <int S = 1>
 inline vf totals(const vf* a) {
-    vf b[8], c[4], d[2];
-    for (int i = 0; i < 8; i++)
-        b[i] = SHUFFLE(a[2 * i], a[2 * i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-               SHUFFLE(a[2 * i], a[2 * i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    for (int i = 0; i < 4; i++)
-        c[i] = SHUFFLE(b[2 * i], b[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               SHUFFLE(b[2 * i], b[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    for (int i = 0; i < 2; i++)
-        d[i] = SHUFFLE(c[2 * i], c[2 * i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-               SHUFFLE(c[2 * i], c[2 * i + 1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    return SHUFFLE(d[0], d[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           SHUFFLE(d[0], d[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    if constexpr (S == LANES) {
+        return a[0];
+    } else {
+        vf b[LANES / S / 2];
+        for (int i = 0; i < LANES / S / 2; i++)
+            b[i] = firsts<S>(a[2 * i], a[2 * i + 1], Lanes()) + seconds<S>(a[2 * i], a[2 * i + 1], Lanes());
+        return totals<2 * S>(b);
+    }
 }
 
+template <int S = 1>
 inline void transpose(vf* a) {
-    vf b[16];
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = SHUFFLE(a[i], a[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-        b[i + 1] = SHUFFLE(a[i], a[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = i; j < i + 2; j++) {
-            a[j] = SHUFFLE(b[j], b[j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-            a[j + 2] = SHUFFLE(b[j], b[j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-        }
-    for (int i = 0; i < 16; i += 8)
-        for (int j = i; j < i + 4; j++) {
-            b[j] = SHUFFLE(a[j], a[j + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-            b[j + 4] = SHUFFLE(a[j], a[j + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-        }
-    for (int j = 0; j < 8; j++) {
-        a[j] = SHUFFLE(b[j], b[j + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        a[j + 8] = SHUFFLE(b[j], b[j + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    if constexpr (S < LANES) {
+        for (int i = 0; i < LANES; i++)
+            if (!(i & S)) {
+                vf first = firsts<S>(a[i], a[i + S], Lanes());
+                a[i + S] = seconds<S>(a[i], a[i + S], Lanes());
+                a[i] = first;
+            }
+        transpose<2 * S>(a);
     }
 }
 
@@ -323,6 +331,13 @@ struct Range {
     int64_t begin, end;  // of a label's positives in the list
 };
 
+// work(W, column) for W of the panel's NV vectors at a time, from that column on; for fewer where no W are left.
+template <int NV, int W, typename Work>
+inline void in_blocks(const Work& work) {
+    for (int v = 0; v + W <= NV; v += W) work(std::integral_constant<int, W>(), v * LANES);
+    if constexpr (NV % W) work(std::integral_constant<int, NV % W>(), NV / W * W * LANES);
+}
+
 // dL/dz where there is no positive
 inline vf negative_gradient(const Job& job, vf z) { return job.loss == BCE ? sigmoid(z) : 2.0f * max(z + 1.0f, vf{}); }
 
@@ -354,19 +369,26 @@ double logit_gradient(const Job& job, float* z, int64_t column, int64_t width, R
     return double(total(sum));
 }
 
-template <int NV>
-void single_logits(const float* x, const int32_t* index, const float* weight, int64_t n, float bias, float* z) {
-    vf even[NV], odd[NV];
-    for (int v = 0; v < NV; v++) even[v] = splat(bias), odd[v] = vf{};
+// For the W vectors from column `at` on; then for a whole panel.
+template <int NV, int W>
+void single_logits(const float* x, const int32_t* index, const float* weight, int64_t n, float bias, float* z, int at) {
+    vf even[W], odd[W];
+    for (int v = 0; v < W; v++) even[v] = splat(bias), odd[v] = vf{};
+    x += at;
     int64_t k = 0;
     for (; k + 2 <= n; k += 2) {
         const float *one = x + int64_t(index[k]) * (NV * LANES), *two = x + int64_t(index[k + 1]) * (NV * LANES);
-        for (int v = 0; v < NV; v++) even[v] += weight[k] * load(one + v * LANES);
-        for (int v = 0; v < NV; v++) odd[v] += weight[k + 1] * load(two + v * LANES);
+        for (int v = 0; v < W; v++) even[v] += weight[k] * load(one + v * LANES);
+        for (int v = 0; v < W; v++) odd[v] += weight[k + 1] * load(two + v * LANES);
     }
     if (k < n)
-        for (int v = 0; v < NV; v++) even[v] += weight[k] * load(x + int64_t(index[k]) * (NV * LANES) + v * LANES);
-    for (int v = 0; v < NV; v++) save(z + v * LANES, even[v] + odd[v]);
+        for (int v = 0; v < W; v++) even[v] += weight[k] * load(x + int64_t(index[k]) * (NV * LANES) + v * LANES);
+    for (int v = 0; v < W; v++) save(z + at + v * LANES, even[v] + odd[v]);
+}
+
+template <int NV>
+void single_logits(const float* x, const int32_t* index, const float* weight, int64_t n, float bias, float* z) {
+    in_blocks<NV, 4>([&](auto w, int at) { single_logits<NV, w>(x, index, weight, n, bias, z, at); });
 }
 
 template <int NV, bool DX, bool DW>
@@ -403,22 +425,23 @@ void single_gradients(const float* x, float* dx, const int32_t* index, const flo
 
 // One panel of one group: small dense products on the K rows that its labels share ----------------------------------------
 
-// z[l] = bias[l] + sum_k weight[l][k] x[index[k]]
-template <int NV, int N>
-void block_logits(const float* x, const int32_t* index, const float* weight, int64_t stride, int64_t n, const float* bias, float* z) {
-    vf sum[N][NV];
+// z[l] = bias[l] + sum_k weight[l][k] x[index[k]], for W vectors from column `at` on
+template <int NV, int N, int W>
+void block_logits(
+    const float* x, const int32_t* index, const float* weight, int64_t stride, int64_t n, const float* bias, float* z, int at) {
+    vf sum[N][W];
     for (int l = 0; l < N; l++)
-        for (int v = 0; v < NV; v++) sum[l][v] = splat(bias ? bias[l] : 0.0f);
+        for (int v = 0; v < W; v++) sum[l][v] = splat(bias ? bias[l] : 0.0f);
     for (int64_t k = 0; k < n; k++)
-        for (int v = 0; v < NV; v++) {
-            vf row = load(x + (int64_t(index[k]) * NV + v) * LANES);
+        for (int v = 0; v < W; v++) {
+            vf row = load(x + int64_t(index[k]) * (NV * LANES) + at + v * LANES);
             for (int l = 0; l < N; l++) sum[l][v] += weight[l * stride + k] * row;
         }
     for (int l = 0; l < N; l++)
-        for (int v = 0; v < NV; v++) save(z + l * PANEL + v * LANES, sum[l][v]);
+        for (int v = 0; v < W; v++) save(z + l * PANEL + at + v * LANES, sum[l][v]);
 }
 
-// dw[l][k .. k + 16 KV) += sum_b g[l][b] turned[b][k ..]
+// dw[l][k .. k + LANES KV) += sum_b g[l][b] turned[b][k ..]
 template <int N, int KV>
 void block_weight(const float* turned, const float* g, int64_t columns, int64_t stride, float* dw) {
     vf sum[N][KV];
@@ -433,33 +456,33 @@ void block_weight(const float* turned, const float* g, int64_t columns, int64_t 
         for (int v = 0; v < KV; v++) save(dw + l * stride + v * LANES, sum[l][v]);
 }
 
-// dx[index[j]] += sum_l weight[l][j] g[l] for N rows j
-template <int NV, int N>
-void block_input(float* dx, const int32_t* index, const float* weight, int64_t stride, int64_t labels, const float* g) {
-    vf sum[N][NV];
+// dx[index[j]] += sum_l weight[l][j] g[l] for N rows j and W vectors from column `at` on
+template <int NV, int N, int W>
+void block_input(float* dx, const int32_t* index, const float* weight, int64_t stride, int64_t labels, const float* g, int at) {
+    vf sum[N][W];
     for (int j = 0; j < N; j++)
-        for (int v = 0; v < NV; v++) sum[j][v] = vf{};
+        for (int v = 0; v < W; v++) sum[j][v] = vf{};
     for (int64_t l = 0; l < labels; l++)
-        for (int v = 0; v < NV; v++) {
-            vf own = load(g + l * PANEL + v * LANES);
+        for (int v = 0; v < W; v++) {
+            vf own = load(g + l * PANEL + at + v * LANES);
             for (int j = 0; j < N; j++) sum[j][v] += weight[l * stride + j] * own;
         }
     for (int j = 0; j < N; j++)
-        for (int v = 0; v < NV; v++) {
-            float* to = dx + (int64_t(index[j]) * NV + v) * LANES;
+        for (int v = 0; v < W; v++) {
+            float* to = dx + int64_t(index[j]) * (NV * LANES) + at + v * LANES;
             save(to, load(to) + sum[j][v]);
         }
 }
 
 // Floats from a cache line's start on: a vector across two lines costs two accesses.
 class Lines {
-    struct alignas(64) Line { float values[LANES]; };
+    struct alignas(64) Line { float values[LINE]; };
     std::vector<Line> lines;
 
 public:
     void assign(int64_t n, float value) {
-        lines.resize((n + LANES - 1) / LANES);
-        std::fill(data(), data() + lines.size() * LANES, value);
+        lines.resize((n + LINE - 1) / LINE);
+        std::fill(data(), data() + lines.size() * LINE, value);
     }
     float* data() { return lines.empty() ? nullptr : lines[0].values; }
     float& operator[](int64_t i) { return data()[i]; }
@@ -486,19 +509,22 @@ struct Scratch {
 
 template <int NV>
 void group_logits(const Job& job, Scratch& s, const float* x, int64_t members, const float* bias) {
-    const int64_t n = job.fan_in;
+    auto block = [&](auto labels, int64_t l) {
+        in_blocks<NV, SUMS / 4>([&](auto w, int at) {
+            block_logits<NV, labels, w>(
+                x, s.index.data(), &s.weight[l * s.stride], s.stride, job.fan_in, bias ? bias + l : nullptr, &s.z[l * PANEL], at);
+        });
+    };
     int64_t l = 0;
-    for (; l + 4 <= members; l += 4)
-        block_logits<NV, 4>(x, s.index.data(), &s.weight[l * s.stride], s.stride, n, bias ? bias + l : nullptr, &s.z[l * PANEL]);
-    for (; l < members; l++)
-        block_logits<NV, 1>(x, s.index.data(), &s.weight[l * s.stride], s.stride, n, bias ? bias + l : nullptr, &s.z[l * PANEL]);
+    for (; l + 4 <= members; l += 4) block(std::integral_constant<int, 4>(), l);
+    for (; l < members; l++) block(std::integral_constant<int, 1>(), l);
 }
 
-// Up to 16 sums at once: fewer would wait for their own last addition.
+// As many sums at once as registers hold: fewer would wait for their own last addition.
 template <int N>
 void group_weight_rows(Scratch& s, int64_t l, int64_t columns) {
     int64_t k = 0;
-    for (; N < 8 && k + 4 * LANES <= s.stride; k += 4 * LANES)
+    for (; 4 * N <= SUMS && k + 4 * LANES <= s.stride; k += 4 * LANES)
         block_weight<N, 4>(&s.turned[k], &s.z[l * PANEL], columns, s.stride, &s.dweight[l * s.stride + k]);
     for (; k + 2 * LANES <= s.stride; k += 2 * LANES)
         block_weight<N, 2>(&s.turned[k], &s.z[l * PANEL], columns, s.stride, &s.dweight[l * s.stride + k]);
@@ -516,17 +542,21 @@ void group_weight(Scratch& s, const float* x, int64_t members) {
             for (int i = 0; i < LANES; i++) save(&s.turned[(v * LANES + i) * s.stride + k], square[i]);
         }
     int64_t l = 0;
-    for (; l + 8 <= members; l += 8) group_weight_rows<8>(s, l, NV * LANES);
+    for (; SUMS >= 16 && l + 8 <= members; l += 8) group_weight_rows<8>(s, l, NV * LANES);
     for (; l + 4 <= members; l += 4) group_weight_rows<4>(s, l, NV * LANES);
     for (; l < members; l++) group_weight_rows<1>(s, l, NV * LANES);
 }
 
 template <int NV>
 void group_input(const Job& job, Scratch& s, float* dx, int64_t members) {
-    const int64_t n = job.fan_in;
+    auto block = [&](auto rows, int64_t k) {
+        in_blocks<NV, SUMS / 4>([&](auto w, int at) {
+            block_input<NV, rows, w>(dx, &s.index[k], &s.weight[k], s.stride, members, s.z.data(), at);
+        });
+    };
     int64_t k = 0;
-    for (; k + 4 <= n; k += 4) block_input<NV, 4>(dx, &s.index[k], &s.weight[k], s.stride, members, s.z.data());
-    for (; k < n; k++) block_input<NV, 1>(dx, &s.index[k], &s.weight[k], s.stride, members, s.z.data());
+    for (; k + 4 <= job.fan_in; k += 4) block(std::integral_constant<int, 4>(), k);
+    for (; k < job.fan_in; k++) block(std::integral_constant<int, 1>(), k);
 }
 
 // The gradient of label l as if it read every feature: dense[l][d] += sum_b g[l][b] x[d][b]
@@ -633,7 +663,7 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
 
 void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const Job&, int64_t)) {
     const int64_t begin = slice ? stop_of(job, slice - 1) : 0, end = stop_of(job, slice), n = job.fan_in;
-    const int64_t padded = (job.batch + LANES - 1) / LANES * LANES, panels = (padded + PANEL - 1) / PANEL;
+    const int64_t padded = (job.batch + LINE - 1) / LINE * LINE, panels = (padded + PANEL - 1) / PANEL;
     const int64_t padded_features = (job.features + LANES - 1) / LANES * LANES;
     float* dx = job.dx ? job.dx + slice * padded * job.features : nullptr;
     if (dx) std::memset(dx, 0, padded * job.features * sizeof(float));
@@ -672,11 +702,12 @@ void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const 
         if (job.mode == CANDIDATES) s.dense.assign(job.group * padded_features, 0.0f);
         if (job.mode == STEP || job.dweight) std::memset(s.dweight.data(), 0, members * s.stride * sizeof(float));
         for (int64_t p = 0; p < panels; p++) {
-            const int64_t vectors = (padded - p * PANEL) / LANES;
-            if (vectors >= 4) loss += panel<4>(job, s, p, label, members, dx, positives.data());
-            else if (vectors == 3) loss += panel<3>(job, s, p, label, members, dx, positives.data());
-            else if (vectors == 2) loss += panel<2>(job, s, p, label, members, dx, positives.data());
-            else loss += panel<1>(job, s, p, label, members, dx, positives.data());
+            const int64_t lines = (padded - p * PANEL) / LINE;
+            constexpr int NV = LINE / LANES;  // of a line
+            if (lines >= 4) loss += panel<4 * NV>(job, s, p, label, members, dx, positives.data());
+            else if (lines == 3) loss += panel<3 * NV>(job, s, p, label, members, dx, positives.data());
+            else if (lines == 2) loss += panel<2 * NV>(job, s, p, label, members, dx, positives.data());
+            else loss += panel<NV>(job, s, p, label, members, dx, positives.data());
         }
         if (job.mode == CANDIDATES) choose_candidates(job, s, members, job.candidates + label / job.group * job.count);
         for (int64_t l = 0; l < members; l += rows) {
@@ -706,8 +737,8 @@ extern "C" void fanin_run(const Job* given) {
         for (int64_t slice = 0; slice < job.slices; slice++) run_slice(job, scratch, slice, end_of_slice);
     }
     if (!job.dx) return;
-    const int64_t size = (job.batch + LANES - 1) / LANES * LANES * job.features;  // whole vectors
-    constexpr int64_t RUN = 32 * LANES;  // lines in a row of one slice, then of the next: prefetching follows few streams
+    const int64_t size = (job.batch + LINE - 1) / LINE * LINE * job.features;
+    constexpr int64_t RUN = 32 * LINE;  // lines in a row of one slice, then of the next: prefetching follows few streams
 #pragma omp parallel for num_threads(job.threads) schedule(static)
     for (int64_t begin = 0; begin < size; begin += RUN)
         for (int64_t slice = 1; slice < job.slices; slice++)
@@ -739,7 +770,11 @@ extern "C" void fanin_pick(const Job* given, const float* x, const int64_t* tile
                     const int64_t chains = job.group > 1 ? 1 : 2;
                     for (int64_t k = 0; k < n; k++) {
                         float& sum = k % chains ? odd : even;
+#if defined(__x86_64__) && !defined(__FMA__)
+                        sum += s.weight[k] * own[s.index[k]];  // rounded twice, as fanin_run has to
+#else
                         sum = std::fma(s.weight[k], own[s.index[k]], sum);
+#endif
                     }
                     to[i] = job.group > 1 ? even : even + odd;
                 }
