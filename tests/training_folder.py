@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fanin.config import Auxiliary, Config, Encoder, Head, Rewiring, Start, Tokens, Train
+from fanin.embeddings import embed_corpus
 from fanin.ranks import ALONE, Ranks
 from fanin.training import train
 from tiny import tiny_encoder_folder, tiny_token_set
@@ -26,13 +27,14 @@ LABELS, DOCUMENTS = 60, 160
 
 
 def small_config(encoder: Path) -> Config:
-    """40 steps with everything on: rewiring until step 26, the auxiliary objective until step 20, dropout, accumulation."""
+    """40 steps with everything on: rewiring until step 26, the auxiliary objective until step 20, recoding at step 18, dropout,
+    accumulation."""
     return Config(
         tokens=Tokens(max_length=32),
         encoder=Encoder(name=str(encoder), dropout=0.2),
         start=Start(source="random"),
         head=Head(fan_in=6, intermediate=48),
-        rewiring=Rewiring(method="rigl", amount=0.3, interval=4),
+        rewiring=Rewiring(method="rigl", amount=0.3, interval=4, recode_at=0.45),
         auxiliary=Auxiliary(enabled=True, cutoff=2.0),
         train=Train(
             epochs=4.0,
@@ -60,7 +62,9 @@ def prepare(folder: Path) -> Config:
     save_file({}, make(data / "start") / "head.safetensors")
     texts = pa.table({"id": pa.array(range(LABELS), pa.int32()), "text": [f"label {i}" for i in range(LABELS)]})
     pq.write_table(texts, make(data / "corpus") / "labels.parquet")
-    return small_config(tiny_encoder_folder(folder, dropout=0.1))
+    config = small_config(tiny_encoder_folder(folder, dropout=0.1))
+    embed_corpus(config, data / "tokens", data / "embeddings")
+    return config
 
 
 def train_in(folder: Path, config: Config, name: str = "run", log=lambda metrics, step: None, ranks: Ranks = ALONE) -> dict:
@@ -70,6 +74,7 @@ def train_in(folder: Path, config: Config, name: str = "run", log=lambda metrics
         copy.deepcopy(config),
         tokens_folder=data / "tokens",
         clusters_folder=data / "clusters",
+        embeddings_folder=data / "embeddings",
         start_folder=data / "start",
         labels=data / "corpus" / "labels.parquet",
         models=out / "models",

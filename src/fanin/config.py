@@ -77,6 +77,7 @@ class Rewiring:
     amount: float = 0.15  # that fraction, or the threshold at the start
     interval: int = 100  # steps
     end_fraction: float = 0.66  # of training; no rewiring after it
+    recode_at: float = 0.0  # of training: when every label is coded anew by its documents' present embeddings; 0: never
 
 
 @dataclass
@@ -196,6 +197,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "rewiring.amount": (1e-9, 1e6),
     "rewiring.interval": (1, 10**9),
     "rewiring.end_fraction": (0, 1),
+    "rewiring.recode_at": (0, 1),
     "auxiliary.weight": (0, 1),
     "auxiliary.cutoff": (0, 10**6),
     "train.epochs": (1e-6, 10**6),
@@ -331,6 +333,8 @@ def _conflicts(config: Config) -> list[str]:
         wrong.append(f"rewiring.amount: a fraction must be below 1, found {rewiring.amount}; use 0.1 to 0.3")
     if config.start.source == "data" and head.intermediate and head.activation != "linear":
         wrong.append("start.source: a start from data needs head.activation linear; set that, or start.source to random")
+    if rewiring.recode_at and head.intermediate and head.activation != "linear":
+        wrong.append("rewiring.recode_at: recoding needs head.activation linear; set that, or rewiring.recode_at to 0")
     if auxiliary.enabled and auxiliary.cutoff > train.epochs:
         wrong.append(
             f"auxiliary.cutoff: {auxiliary.cutoff} epochs is after the end of training (train.epochs {train.epochs}); lower it"

@@ -47,6 +47,10 @@ class Form(Protocol):
         """Unit or zero rows [n, D] as the head's; zero rows get zero weights."""
         ...
 
+    def fitted(self, weight: Tensor, index: Tensor | None) -> Tensor:
+        """The rows [n, D] that the head's weights and indices stand for."""
+        ...
+
 
 @dataclass
 class Dense:
@@ -58,7 +62,10 @@ class Dense:
 
     def express(self, rows: Tensor) -> Expressed:
         weight = rows @ self.fold
-        return Expressed(weight, None, weight @ self.unfold)
+        return Expressed(weight, None, self.fitted(weight, None))
+
+    def fitted(self, weight: Tensor, index: Tensor | None) -> Tensor:
+        return weight @ self.unfold
 
 
 @dataclass
@@ -95,6 +102,11 @@ class FixedFanIn:
             fitted[filled] = decode(own, values, self.atoms, self.group).unflatten(0, (-1, self.group))[code]
         value, fitted = value.flatten(0, 1)[: len(rows)], fitted.flatten(0, 1)[: len(rows)]
         return Expressed(value / self.lengths[index.repeat_interleave(self.group, 0)[: len(rows)]], index, fitted)
+
+    def fitted(self, weight: Tensor, index: Tensor | None) -> Tensor:
+        assert index is not None
+        length = self.lengths[index.repeat_interleave(self.group, 0)[: len(weight)]]
+        return decode(index, weight * length, self.atoms, self.group)
 
     def _random_support(self, rows: int) -> Tensor:
         width = len(self.atoms)

@@ -56,7 +56,8 @@ class Trainer:
     """Trains `classifier` in place on rows of a token set.
 
     train_rows, validation_rows: ascending rows of `tokens`; meta: [L] the meta-label of each label id, or None without the
-    auxiliary objective; checkpoints: the folder for the running state; fingerprint: names settings and data, so that a
+    auxiliary objective; recode: what recodes a classifier, and returns figures about it, or None where
+    rewiring.recode_at is 0; checkpoints: the folder for the running state; fingerprint: names settings and data, so that a
     checkpoint of another run is never taken up; log: called with (metrics, step).
     Where the classifier is shared by ranks, each has a trainer of the same arguments, and all run at the same time.
     """
@@ -71,6 +72,7 @@ class Trainer:
         *,
         pad_id: int,
         meta: np.ndarray | None = None,
+        recode: Callable[[Classifier], dict[str, float]] | None = None,
         checkpoints: Path = Path("checkpoints"),
         fingerprint: str = "",
         log: Log = lambda metrics, step: None,
@@ -97,6 +99,8 @@ class Trainer:
             interval=config.rewiring.interval,
             end_step=int(config.rewiring.end_fraction * self.total),
         )
+        self.recode = recode
+        self.recode_step = round(config.rewiring.recode_at * self.total) if recode is not None else 0
         self.auxiliary: AuxiliaryObjective | None = None
         self.cutoff_step = min(round(config.auxiliary.cutoff * steps_per_epoch), self.total) if config.auxiliary.enabled else 0
         if self.cutoff_step:
@@ -110,7 +114,7 @@ class Trainer:
         self.step = self.documents = 0
         self.skipped = self._lost = 0  # micro-batches in all; steps in a row until now
         self.seconds = 0.0
-        self.curves: dict[str, list[dict[str, float]]] = {"train": [], "validation": [], "rewiring": []}
+        self.curves: dict[str, list[dict[str, float]]] = {"train": [], "validation": [], "rewiring": [], "recoding": []}
         self.resumed_from: int | None = None
         self._stop: int | None = None
 
@@ -144,6 +148,8 @@ class Trainer:
                 bar.update()
                 if metrics:
                     bar.set_postfix_str(f"loss {metrics['loss']:.2f}, {metrics['documents_per_second']:.0f} documents/s")
+                if self.recode is not None and self.step == self.recode_step:
+                    self._record("recoding", self.recode(self.classifier))
                 if self.ranks.size > 1:  # all stop at the same step
                     self._stop = int(self.ranks.most([self._stop or 0])[0]) or None
                 if self._due(self.settings.validate_every) or (self.step == self.total and self.settings.validate_every):

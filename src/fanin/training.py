@@ -26,6 +26,7 @@ from fanin.heads import FixedFanIn
 from fanin.memory.fits import check, job_of, memory_explained
 from fanin.model import Classifier
 from fanin.ranks import ALONE, Ranks
+from fanin.recoding import recode_now
 from fanin.trainer import Log, Trainer
 
 # columns of the curves, in this order; DVC and the report read them
@@ -45,6 +46,7 @@ def train(
     *,
     tokens_folder: Path = Path("data/tokens"),
     clusters_folder: Path = Path("data/clusters"),
+    embeddings_folder: Path = Path("data/embeddings"),
     start_folder: Path = Path("data/start"),
     labels: Path = Path("data/corpus/labels.parquet"),
     models: Path = Path("models"),
@@ -79,7 +81,7 @@ def train(
         classifier.precision = ranks.of_first(choose_precision(config.train.precision, device))
         classifier.to(device)
         use_before = _feature_use(classifier)
-        rewired = config.rewiring.method != "none"  # where not, no copy of the index is kept
+        rewired = config.rewiring.method != "none" or config.rewiring.recode_at > 0  # where not, no copy of the index is kept
         index_before = classifier.head.index.cpu().clone() if rewired and isinstance(classifier.head, FixedFanIn) else None
 
         trainer = Trainer(
@@ -90,6 +92,9 @@ def train(
             validation_rows,
             pad_id=description["pad_id"],
             meta=meta,
+            recode=(lambda model: recode_now(model, tokens_folder, embeddings_folder, checkpoints / ".recoding"))
+            if config.rewiring.recode_at
+            else None,
             checkpoints=checkpoints,
             fingerprint=ranks.of_first(
                 _fingerprint(config, tokens_folder, clusters_folder, start_folder) if ranks.leads else ""
@@ -126,6 +131,7 @@ def train(
             "feature_use_start": use_before,
             "feature_use": _feature_use(classifier),
             "moved": _moved(classifier, index_before),
+            "recoding": trainer.curves["recoding"][-1] if trainer.curves["recoding"] else None,
         }
         if device.type == "cuda":
             summary["peak_allocated_mib"] = ranks.most([torch.cuda.max_memory_allocated(device) / 2**20])[0]
