@@ -56,6 +56,10 @@ def test_params_win_over_the_preset_and_null_means_the_preset(tmp_path):
             "auxiliary: {enabled: true, cutoff: 3}\ntrain: {epochs: 2}",
             r"auxiliary.cutoff: 3.0 epochs is after the end of training",
         ),
+        (
+            "start: {source: random}\nhead: {activation: relu}\nrewiring: {recode_at: 0.5}",
+            r"rewiring.recode_at: recoding needs head.activation linear",
+        ),
         ("head: {activation: relu}", r"start.source: a start from data needs head.activation linear"),
         ("train: {encoder_lr: .nan}", r"train.encoder_lr: nan is outside"),
         ("train: {device: tpu}", r"train.device: 'tpu' is not auto, cpu, cuda or cuda:N"),

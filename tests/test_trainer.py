@@ -63,6 +63,9 @@ def test_it_leaves_a_whole_model(folder):
     assert sum(summary["feature_use"]) == 60 * 6
     assert summary["head_bytes"]["optimizer"] == 60 * 6 * 4 + 60 * 4
     assert summary["skipped_batches"] == 0
+    assert summary["recoding"]["step"] == 18
+    assert 50 < summary["recoding"]["labels"] <= 60
+    assert not (path / "run/checkpoints/.recoding").exists()
     assert [file.name for file in (path / "run/checkpoints").iterdir()] == [".lock"]
     loaded = Classifier.load(path / "run/models")
     scores, labels = loaded.topk(*loaded.encode(["ba de", "go gu"]), 5)
@@ -115,6 +118,22 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_one_is_dead(folde
     assert first.wait() == -signal.SIGKILL
     assert train_in(path, config, "twice")["resumed_from"] is not None
     assert_same_run(path, "run", "twice")
+
+
+@pytest.mark.parametrize(("at", "step"), [(0.0, None), (0.001, 1), (0.45, 18), (1.0, 40)])
+def test_recoding_comes_once_when_it_is_due(folder, monkeypatch, at, step):
+    path, config, _ = folder
+    config = copy.deepcopy(config)
+    config.rewiring.recode_at, config.train.validate_every = at, 0
+    logged = {}
+
+    def log(metrics, step):
+        if "recoding/labels" in metrics:
+            logged[step] = metrics
+
+    summary = train_in(path, config, f"recoded-{at}", log)
+    assert list(logged) == ([] if step is None else [step])
+    assert (summary["recoding"] or {}).get("step") == step
 
 
 def test_the_auxiliary_branch_is_freed_at_the_cut_off(folder, monkeypatch):

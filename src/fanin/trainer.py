@@ -100,7 +100,7 @@ class Trainer:
             end_step=int(config.rewiring.end_fraction * self.total),
         )
         self.recode = recode
-        self.recode_step = round(config.rewiring.recode_at * self.total) if recode is not None else 0
+        self.recode_step = max(round(config.rewiring.recode_at * self.total), 1)
         self.auxiliary: AuxiliaryObjective | None = None
         self.cutoff_step = min(round(config.auxiliary.cutoff * steps_per_epoch), self.total) if config.auxiliary.enabled else 0
         if self.cutoff_step:
