@@ -317,7 +317,7 @@ def test_figures_on_the_page_are_the_inputs(project: Path, config: Config) -> No
     assert "86.4" in text
     assert "14 min 30 s" in text  # every stage's seconds: 869.7
     assert "18,912" in text
-    assert "31.2% of the index entries in 5 rounds" in text
+    assert "31.2% of the index entries read another feature than at the start; rewiring had 5 rounds" in text
     assert "fixed fan-in predicted" in text
     assert "of 64 documents of 48 tokens in float32 on cpu" in text
     assert "The plan is 1.2% below the measured peak for fixed fan-in and 1.2% below the measured peak for dense." in text
@@ -404,6 +404,19 @@ def test_a_static_head_says_so_and_needs_no_rewiring_file(tmp_path: Path) -> Non
     titles = {attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"}
     assert "Features by how many labels read them" in titles
     assert "Labels of a feature, before and after rewiring" not in titles
+
+
+def test_a_recoded_head_says_when_and_how_well(tmp_path: Path) -> None:
+    config = Config()
+    root = make_project(tmp_path, config)
+    config.rewiring.recode_at = 0.8
+    train = json.loads((root / "reports/train.json").read_text())
+    _json(root / "reports/train.json", train | {"recoding": {"step": 660, "labels": 280, "residual": 0.2126}, "moved": 0.409})
+    text = " ".join(page_of(root, config).text.split())
+    assert "At step 660, 280 labels were coded anew" in text
+    assert "leave 21.3% of a row in the mean" in text
+    assert "40.9% of the index entries read another feature than at the start." in text
+    assert "its indices stay as they were" not in text
 
 
 def test_charts_hold_the_curves(project: Path, config: Config) -> None:
@@ -607,6 +620,9 @@ def test_units() -> None:
 def test_the_head_in_words() -> None:
     config = Config()
     assert head_in_words(config, {}) == "fixed fan-in: each label reads 32 of 1,536 features, static"
+    config.rewiring.recode_at = 0.8
+    assert head_in_words(config, {}).endswith("features, recoded at 0.8 of training")
+    config.rewiring.recode_at = 0.0
     config.rewiring.method, config.head.group = "set", 16
     assert head_in_words(config, {"feature_use": [1] * 384}).endswith("32 of 384 features, groups of 16, rewired by SET")
     config.head.kind = "bottleneck"

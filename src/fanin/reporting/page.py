@@ -137,9 +137,11 @@ def head_in_words(config: Config, train: Mapping[str, Any]) -> str:
     width = len(train.get("feature_use") or []) or head.intermediate
     over = f" of {width:,} features" if width else " features"
     if head.kind == "fixed_fan_in":
-        rewired = "static" if config.rewiring.method == "none" else f"rewired by {METHODS[config.rewiring.method]}"
+        changes = [] if config.rewiring.method == "none" else [f"rewired by {METHODS[config.rewiring.method]}"]
+        if config.rewiring.recode_at:
+            changes.append(f"recoded at {config.rewiring.recode_at:g} of training")
         shared = f", groups of {head.group}" if head.group > 1 else ""
-        return f"fixed fan-in: each label reads {head.fan_in}{over}{shared}, {rewired}"
+        return f"fixed fan-in: each label reads {head.fan_in}{over}{shared}, {', '.join(changes) or 'static'}"
     if head.kind == "bottleneck":
         return f"dense bottleneck of {head.bottleneck}"
     return "dense"

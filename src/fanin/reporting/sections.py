@@ -173,7 +173,8 @@ def fan_in(records: Records, config: Config) -> dict[str, Any] | None:
         "top_share": float(100 * ordered[:top].sum() / max(1, ordered.sum())) if len(ordered) else None,
         "moved": train.get("moved"),
         "rewirings": len(table.get("step", [])),
-        "method": config.rewiring.method,
+        "recoding": train.get("recoding"),
+        "static": config.rewiring.method == "none" and not config.rewiring.recode_at,
     }
 
 
