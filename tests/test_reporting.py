@@ -414,8 +414,7 @@ def test_a_recoded_head_says_when_and_how_well(tmp_path: Path) -> None:
     _json(root / "reports/train.json", train | {"recoding": {"step": 660, "labels": 280, "residual": 0.2126}, "moved": 0.409})
     text = " ".join(page_of(root, config).text.split())
     assert "At step 660, 280 labels were coded anew" in text
-    assert "leave 21.3% of a row in the mean" in text
-    assert "40.9% of the index entries read another feature than at the start." in text
+    assert "leave 21.3% of a row in the mean. 40.9% of the index entries read another feature than at the start." in text
     assert "its indices stay as they were" not in text
 
 
