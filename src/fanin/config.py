@@ -41,7 +41,8 @@ class Encoder:
     dropout: float = 0.0  # on the embedding
     hidden_dropout: float | None = None  # the model's own dropout; null: what its config says
     checkpointing: bool = False  # recompute each layer's activations in the backward pass: less memory, a third more time
-    embed_documents: int = 30000  # training documents embedded for clusters and start; every label covered first
+    # training documents embedded for clusters, start and recoding, at most: what gives every label four of its own, or 30,000
+    embed_documents: int = 70_000
 
 
 @dataclass

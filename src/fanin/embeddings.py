@@ -17,7 +17,8 @@ from fanin.devices import choose_device
 from fanin.encoder import Encoder, choose_precision
 from fanin.files import InputError, atomic_path, read_json, write_json
 
-LEVELS = 4  # documents that each label is given, where it has them, before the rest is drawn at random
+LEVELS = 4  # documents that each label is given, where it has them and the budget holds them
+ENOUGH = 30000  # where they are fewer than this, documents drawn at random make it up
 _CHUNK = 16384  # documents looked at together
 _TOKENS_A_BATCH = {"cpu": 768, "cuda": 32768}  # on a CPU small enough for the caches: twice as fast as ten times as many
 _CHOICE_STREAM = 0xC0FE  # keeps the choice's random numbers apart from the split's for the same seed
@@ -51,6 +52,7 @@ def choose_documents(tokens: TokenSet, rows: np.ndarray, budget: int, labels: in
                     covered[own] += 1
                     taken[place] = True
                     left -= 1
+    left = min(left, max(ENOUGH - int(taken.sum()), 0))
     taken[rng.choice(np.flatnonzero(~taken), left, replace=False)] = True
     return np.sort(order[taken])
 
