@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,14 @@ def _scatter(found: Sequence[Row], methods: Mapping[str, Method], title: str, co
         points = [(x, y) for _, x, y in shown]
         front = pareto(points)
         axis.step([points[i][0] for i in front], [points[i][1] for i in front], where="post", color="#cccccc", zorder=0)
+        middle = math.sqrt(min(x for x, _ in points) * max(x for x, _ in points)) if points else 1.0
         for number, (row, x, y) in enumerate(shown):
             marker, colour = _style(row, methods)
             axis.errorbar(x, y, yerr=row.spread(quality), fmt=marker, color=colour, capsize=2, markersize=6)
-            offset = (5, 4 if number % 2 else -10)
-            axis.annotate(row.name, (x, y), xytext=offset, textcoords="offset points", fontsize=7, color=colour)
+            left = x > middle  # of its mark, so that it stays inside
+            offset = (-5 if left else 5, 4 if number % 2 else -10)
+            how: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "ha": "right" if left else "left"}
+            axis.annotate(row.name, (x, y), xytext=offset, color=colour, **how)
         axis.set(xscale="log", xlabel=label, ylabel=f"{quality}, %", title=f"{title}: {quality}")
         for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
             ticks(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -59,9 +59,8 @@ def rows(records: Iterable[Mapping[str, Any]], methods: Mapping[str, Method]) ->
             for split in SPLITS
         }
         first = own[0]
-        found.append(
-            Row(name, first["about"], first["kind"], first.get("tier", "main"), [r["seed"] for r in own], values, splits)
-        )
+        about = methods[name].about if name in methods else first["about"]
+        found.append(Row(name, about, first["kind"], first.get("tier", "main"), [r["seed"] for r in own], values, splits))
     return found
 
 
