@@ -61,13 +61,16 @@ def test_every_label_is_covered_up_to_the_levels(tokens: TokenSet) -> None:
     assert (counts(tokens, drawn) >= np.minimum(counts(tokens, rows), LEVELS)).mean() < 1  # chance does not do it
 
 
+@pytest.mark.parametrize("budget", [1900, 2000, 70_000])
 @pytest.mark.parametrize("enough", [0, 700, 1200])
-def test_a_large_budget_takes_what_covers_the_labels_or_is_enough(tokens: TokenSet, monkeypatch, enough: int) -> None:
+def test_a_large_budget_takes_what_covers_the_labels_or_is_enough(
+    tokens: TokenSet, monkeypatch, enough: int, budget: int
+) -> None:
     rows = np.arange(2000)
     monkeypatch.setattr("fanin.embeddings.ENOUGH", enough)
-    chosen = choose_documents(tokens, rows, 1900, LABELS, seed=1)
+    chosen = choose_documents(tokens, rows, budget, LABELS, seed=1)
     monkeypatch.setattr("fanin.embeddings.ENOUGH", 0)
-    needed = choose_documents(tokens, rows, 1900, LABELS, seed=1)
+    needed = choose_documents(tokens, rows, budget, LABELS, seed=1)
     assert (counts(tokens, chosen) >= np.minimum(counts(tokens, rows), LEVELS)).all()
     assert len(chosen) == max(enough, len(needed))
     assert len(needed) < 700

@@ -29,9 +29,10 @@ def choose_documents(tokens: TokenSet, rows: np.ndarray, budget: int, labels: in
 
     Pass n (of `LEVELS`) takes a document where one of its labels has fewer than n documents yet, those with the rarest
     labels (largest sum of 1 / frequency) first: they cover labels that hardly another document has, and the frequent
-    ones on the way. What is left of the budget is drawn at random. The same arguments give the same documents.
+    ones on the way. Where these are fewer than `ENOUGH`, others are drawn at random up to that. The same arguments give
+    the same documents.
     """
-    if len(rows) <= budget:
+    if len(rows) <= min(budget, ENOUGH):
         return np.sort(np.asarray(rows, np.int64))
     rng = np.random.default_rng([seed, _CHOICE_STREAM])
     order = rng.permutation(np.asarray(rows, np.int64))  # decides among equally rare documents
