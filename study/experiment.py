@@ -80,7 +80,7 @@ def read(method: Method, corpus: Corpus, seed: int, revision: str, overrides: Ma
         "seed": seed,
         **data_facts(_json(revision, "data/corpus/corpus.json")),
         **quality(evaluation),
-        **sizes(training["head_bytes"], training["intermediate_bytes"], labels, width, itemsize),
+        **sizes(training["head_bytes"], training["intermediate_bytes"] + training["lexical_bytes"], labels, width, itemsize),
         "model_mib": round(_model_bytes(revision) / _MIB, 3),
         "train_seconds": training["seconds"],
         "prepare_seconds": round(sum(seconds.values()), 1) if config.start.source == "data" else 0.0,

@@ -233,7 +233,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with params.yaml for a tiny encoder; the process's own bytes are given, not measured."""
     encoder = tiny_encoder_folder(tmp_path)
     (tmp_path / "presets").symlink_to(PRESETS)
-    text = f"encoder:\n  name: {encoder}\nhead:\n  intermediate: 64\n  fan_in: 16\ntrain:\n  precision: fp32\n  device: cpu\n"
+    head = "head:\n  intermediate: 64\n  fan_in: 16\n  lexical: 0\n"
+    text = f"encoder:\n  name: {encoder}\n{head}train:\n  precision: fp32\n  device: cpu\n"
     (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "process_bytes", lambda job: 500 * MIB)

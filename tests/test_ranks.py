@@ -136,7 +136,11 @@ def assert_close_runs(folder: Path, one: str, two: str) -> None:
         assert first.keys() == second.keys()
         for key in first:
             torch.testing.assert_close(
-                second[key], first[key], rtol=2e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}"
+                second[key],
+                first[key],
+                rtol=2e-3,
+                atol=2e-3 if key == "bias" else 2e-4,  # calibrated on few documents, whose last candidates may be others
+                msg=lambda text, key=key: f"{key}: {text}",
             )
         if "index" in first:
             assert torch.equal(first["index"].int(), second["index"].int())

@@ -59,6 +59,7 @@ def classifier(kind: str, intermediate: int = 0, group: int = 1, dtype: str = "f
     return SimpleNamespace(
         head=head,
         intermediate=layer,
+        lexical=None,
         project=project,
         labels=LABELS,
         label_order=order,

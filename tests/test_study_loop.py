@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 NEAR = CORPORA["near"]
 METHODS = [
     Method("tfidf_knn", "a rival", "rival"),
-    Method("one", "first", "trained", settings={"head.fan_in": 8}),
+    Method("one", "first", "trained", settings={"head.fan_in": 12}),
     Method("two", "second", "trained", settings={"head.fan_in": 16}),
     Method("small", "compressed", "compressed", of="one", settings={"compress": "prune", "K": 3}),
-    Method("extra", "an ablation", "trained", tier="ablation", settings={"head.fan_in": 4}),
+    Method("extra", "an ablation", "trained", tier="ablation", settings={"head.fan_in": 10}),
 ]
 
 

@@ -43,7 +43,7 @@ def test_methods_of_the_same_bytes_have_them(method: Method) -> None:
 
 
 def test_the_bytes_of_a_head_are_what_the_test_above_counts() -> None:
-    head = configuration({"preset": "wordnet", "head.fan_in": 46, "head.group": 16}, ROOT).head
+    head = configuration({"preset": "wordnet", "head.fan_in": 46, "head.lexical": 0, "head.group": 16}, ROOT).head
     built = build_head(head, 64, 1536).bytes()
     assert built["weights"] + built["indices"] == 64 * 46 * (4 + 2 / 16)
 

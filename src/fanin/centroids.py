@@ -61,7 +61,7 @@ class LabelDocuments:
 
 
 def load_label_documents(tokens_folder: str | Path, embeddings_folder: str | Path) -> LabelDocuments:
-    """Invert the document -> labels lists of the embedded training documents, in two passes over the token set.
+    """Invert the document -> labels lists of the embedded training documents.
 
     Raises InputError where embeddings.npy, documents.npy and train.arrow do not fit together, or NaN is in the first.
     """
@@ -75,9 +75,20 @@ def load_label_documents(tokens_folder: str | Path, embeddings_folder: str | Pat
     trained = np.ones(len(tokens), bool)
     trained[held_out] = False
 
-    frequency, counts = np.zeros(labels, np.int64), np.zeros(labels, np.int64)
+    frequency = np.zeros(labels, np.int64)
     for document, label in tokens.label_pairs():
         frequency += np.bincount(label[trained[document]], minlength=labels)
+    offsets, members = invert(tokens, position, labels)
+    return LabelDocuments(embeddings, offsets, members, frequency, int(trained.sum()))
+
+
+def invert(tokens: TokenSet, position: np.ndarray, labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """The documents of each label in compressed rows (offsets [labels + 1], members), in two passes over the token set.
+
+    position [N] int32: what a document is called in `members`, ascending; -1 leaves it out.
+    """
+    counts = np.zeros(labels, np.int64)
+    for document, label in tokens.label_pairs():
         counts += np.bincount(label[position[document] >= 0], minlength=labels)
     offsets = np.concatenate(([0], np.cumsum(counts)))
     members = np.empty(offsets[-1], np.int32)
@@ -90,7 +101,7 @@ def load_label_documents(tokens_folder: str | Path, embeddings_folder: str | Pat
         rank = np.arange(len(order)) - np.repeat(first, repeats)
         members[filled[sorted_labels] + rank] = position[document][kept][order]
         filled[name] += repeats
-    return LabelDocuments(embeddings, offsets, members, frequency, int(trained.sum()))
+    return offsets, members
 
 
 def load_embeddings(folder: Path, name: str, rows_name: str, documents: int) -> tuple[np.ndarray, np.ndarray]:

@@ -61,6 +61,7 @@ class Start:
 class Head:
     kind: str = "fixed_fan_in"  # fixed_fan_in | dense | bottleneck
     fan_in: int = 32  # features that a label reads
+    lexical: int = 0  # of these, how many are words of the document, behind the encoder's features (kind fixed_fan_in)
     group: int = 1  # labels that share an index row
     bottleneck: int = 64  # width of the bottleneck head's projection
     intermediate: int = 1536  # width of the layer between encoder and head; 0: none
@@ -69,6 +70,11 @@ class Head:
     dtype: str = "fp32"  # fp32 | bf16 | fp8 (e4m3): what the weights are stored in (bottleneck: fp32)
     rounding: str = "stochastic"  # stochastic | kahan: of updates below fp32
     backend: str = "auto"  # the kernels: auto (the fastest that runs here) | reference | torch | cpu | triton
+
+    @property
+    def inner_fan_in(self) -> int:
+        """Of `fan_in`, how many are features of the encoder."""
+        return self.fan_in - self.lexical
 
 
 @dataclass
@@ -192,6 +198,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "start.rounds": (1, 100),
     "start.spread": (1e-3, 1e3),
     "head.fan_in": (1, 10**6),
+    "head.lexical": (0, 10**6),
     "head.group": (1, 1024),
     "head.bottleneck": (1, 10**6),
     "head.intermediate": (0, 10**7),
@@ -312,11 +319,16 @@ def _conflicts(config: Config) -> list[str]:
     head, rewiring, auxiliary, train = config.head, config.rewiring, config.auxiliary, config.train
     wrong = []
     sparse = head.kind == "fixed_fan_in"
-    if sparse and head.intermediate and head.fan_in > head.intermediate:
+    words = head.lexical if sparse else 0
+    if head.intermediate and sparse and head.fan_in - words > head.intermediate:
         wrong.append(
-            f"head.fan_in: {head.fan_in} is above the {head.intermediate} features of "
+            f"head.fan_in: {head.fan_in - words} is above the {head.intermediate} features of "
             "head.intermediate; lower the one or raise the other"
         )
+    if words >= head.fan_in:
+        wrong.append(f"head.lexical: {words} of head.fan_in {head.fan_in} leave no feature of the encoder; lower it")
+    if words and config.start.source != "data":
+        wrong.append("head.lexical: words are chosen by the start from data; set start.source to data, or head.lexical to 0")
     if sparse and head.fan_in > FAN_IN_LIMIT:
         wrong.append(f"head.fan_in: {head.fan_in} is above {FAN_IN_LIMIT}, the most that the kernels take; lower it")
     if not sparse and rewiring.method != "none":
@@ -328,7 +340,7 @@ def _conflicts(config: Config) -> list[str]:
         wrong.append(f"head.group: {head.group} is for head.kind fixed_fan_in, but it is {head.kind}; set head.group to 1")
     if head.kind == "bottleneck" and head.dtype != "fp32":
         wrong.append(f"head.dtype: {head.dtype} is not for head.kind bottleneck; set head.dtype to fp32")
-    if sparse and head.intermediate == head.fan_in and rewiring.method != "none":
+    if sparse and head.intermediate == head.fan_in - words and rewiring.method != "none":
         wrong.append("rewiring.method: nothing to rewire when head.fan_in equals head.intermediate; set it to none")
     if rewiring.method != "none" and rewiring.prune != "threshold" and rewiring.amount >= 1:
         wrong.append(f"rewiring.amount: a fraction must be below 1, found {rewiring.amount}; use 0.1 to 0.3")

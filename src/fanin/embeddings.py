@@ -36,7 +36,7 @@ def choose_documents(tokens: TokenSet, rows: np.ndarray, budget: int, labels: in
         return np.sort(np.asarray(rows, np.int64))
     rng = np.random.default_rng([seed, _CHOICE_STREAM])
     order = rng.permutation(np.asarray(rows, np.int64))  # decides among equally rare documents
-    frequency = _frequency(tokens, order, labels)
+    frequency = tokens.label_frequency(order, labels)
     order = order[np.argsort(-_rarity(tokens, frequency)[order], kind="stable")]
     covered = np.zeros(labels, np.int64)
     taken = np.zeros(len(order), bool)
@@ -129,26 +129,11 @@ def embed_corpus(
             "documents": len(chosen),
             "validation_documents": len(validation_rows),
             "width": encoder.width,
-            "covered_labels": int((_frequency(tokens, chosen, about["labels"]) > 0).sum()),
+            "covered_labels": int((tokens.label_frequency(chosen, about["labels"]) > 0).sum()),
             "precision": str(how["precision"]).removeprefix("torch."),
         }
         write_json(folder / "embeddings.json", summary)
     return summary
-
-
-def _frequency(tokens: TokenSet, rows: np.ndarray, labels: int) -> np.ndarray:
-    """[L] int64: how many of `rows` have each label."""
-    counted = np.zeros(len(tokens), bool)
-    counted[rows] = True
-    frequency = np.zeros(labels, np.int64)
-    for documents, found in tokens.label_pairs():
-        kept = found[counted[documents]]
-        if kept.size and kept.max() >= labels:
-            raise InputError(
-                f"{tokens.path}: label {kept.max()} is outside 0..{labels - 1}; rerun corpus and tokens (dvc repro -f tokens)"
-            )
-        np.add.at(frequency, kept, 1)
-    return frequency
 
 
 def _rarity(tokens: TokenSet, frequency: np.ndarray) -> np.ndarray:

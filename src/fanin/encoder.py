@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from fanin.data.tokens import vocabulary_size
 from fanin.files import InputError, atomic_path, write_json
 
 POOLINGS = ("mean", "cls", "cls_layers")
@@ -70,6 +71,13 @@ class Encoder(nn.Module):
             settings |= json.loads(stored.read_text(encoding="utf-8"))
         settings |= {k: v for k, v in {"pooling": pooling, "layers": layers, "dropout": dropout}.items() if v is not None}
         return cls(model, tokenizer, **settings).eval()
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below this: what tokens.json says, or the model where it has no tokenizer."""
+        if self.tokenizer is None:
+            return int(self.model.get_input_embeddings().weight.shape[0])
+        return vocabulary_size(self.tokenizer)
 
     def set_hidden_dropout(self, probability: float) -> None:
         """Set the model's own dropout everywhere in it; `dropout` on the embedding stays."""

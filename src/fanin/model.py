@@ -25,9 +25,11 @@ from fanin.data.batches import collate
 from fanin.encoder import Encoder
 from fanin.files import InputError, atomic_path, read_json
 from fanin.heads import Head, build_head
+from fanin.lexical import Lexical, lexical_width
 from fanin.ranks import ALONE, Ranks
 from fanin.tensor_file import create_tensors, write_rows
 
+_IDF = "lexical.idf"
 _CPU_TOKENS = 768  # padded tokens encoded at once: beyond it, activations leave the cache
 
 
@@ -48,10 +50,12 @@ class Classifier(nn.Module):
         head: Head,
         order: Tensor | None,
         ranks: Ranks = ALONE,
+        lexical: Lexical | None = None,
     ) -> None:
         super().__init__()
         self.order: Tensor | None
         self.config, self.encoder, self.intermediate, self.head = config, encoder, intermediate, head
+        self.lexical = lexical
         self.ranks = ranks
         self.label_order: np.ndarray | None = None
         self.register_buffer("order", order)
@@ -88,12 +92,15 @@ class Classifier(nn.Module):
             nn.init.uniform_(intermediate.weight, -bound, bound, generator=generator)
             nn.init.zeros_(intermediate.bias)
             width = config.head.intermediate
-        group = config.head.group if config.head.kind == "fixed_fan_in" else 1
+        sparse = config.head.kind == "fixed_fan_in"
+        group = config.head.group if sparse else 1
         if labels < group * ranks.size:
             raise InputError(
                 f"train.processes: {labels} labels in groups of {group} cannot be shared by {ranks.size} processes; use fewer"
             )
-        head = build_head(config.head, labels, width, generator, ranks.share(labels, group))
+        lexical = Lexical(lexical_width(encoder.vocabulary, width)) if sparse and config.head.lexical else None
+        words = lexical.width if lexical else 0
+        head = build_head(config.head, labels, width + words, generator, ranks.share(labels, group), words)
         rows = None
         if config.head.group > 1:
             if order is None:
@@ -101,7 +108,7 @@ class Classifier(nn.Module):
                     "head.group: labels that share features need the order of the clusters stage; run it (dvc repro clusters)"
                 )
             rows = torch.from_numpy(np.array(order[head.first : head.first + head.labels], dtype=np.int32))
-        classifier = cls(config, encoder, intermediate, head, rows, ranks)
+        classifier = cls(config, encoder, intermediate, head, rows, ranks, lexical)
         classifier.label_order = None if rows is None else order
         return classifier
 
@@ -125,15 +132,24 @@ class Classifier(nn.Module):
         return embedding.float()
 
     def project(self, embedding: Tensor) -> Tensor:
-        """Embedding [B, D] -> what the head reads [B, D'] (in float32: the start from data has large entries)."""
+        """Embedding [B, D] -> the encoder's features [B, D'] (in float32: the start from data has large entries)."""
         if self.intermediate is None:
             return embedding
         features = self.intermediate(embedding)
         return torch.relu(features) if self.config.head.activation == "relu" else features
 
+    def join(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The encoder's features [B, D'] and the tokens that they are of -> what the head reads [B, D' + V']; no gradient."""
+        if self.lexical is None:
+            return features.detach()
+        joined = features.new_zeros(len(features), self.head.width)
+        joined[:, : features.shape[1]] = features.detach()
+        self.lexical.add_to(joined[:, features.shape[1] :], ids, mask)
+        return joined
+
     def features(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask [B, T] -> what the head reads [B, D'] float32."""
-        return self.project(self.embed(ids, mask))
+        """ids, mask [B, T] -> what the head reads [B, D' + V'] float32; no gradient."""
+        return self.join(self.project(self.embed(ids, mask)), ids, mask)
 
     @torch.inference_mode()
     def topk(self, ids: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -180,13 +196,21 @@ class Classifier(nn.Module):
             self._load_layers(state, str(path))
 
     def layers_state(self) -> dict[str, Tensor]:
-        """The head's tensors and the intermediate layer's under `intermediate.`."""
+        """The head's tensors, the intermediate layer's under `intermediate.`, and the weights of words."""
         state = self.head.model_state()
         if self.intermediate is not None:
             state |= {f"intermediate.{key}": value for key, value in self.intermediate.state_dict().items()}
+        if self.lexical is not None:
+            state[_IDF] = self.lexical.idf
         return {key: value.detach().contiguous() for key, value in state.items()}
 
     def _load_layers(self, state: dict[str, Tensor], source: str) -> None:
+        idf = state.pop(_IDF, None)
+        words = self.lexical.idf if self.lexical is not None else None
+        if (None if idf is None else idf.shape) != (None if words is None else words.shape):
+            raise InputError(f"{source}: its words and head.lexical do not agree; rerun the stage that writes it")
+        if words is not None and idf is not None:
+            words.copy_(idf)
         own = {key.removeprefix("intermediate."): value for key, value in state.items() if key.startswith("intermediate.")}
         self.head.load_model_state({k: v for k, v in state.items() if not k.startswith("intermediate.")}, source)
         if (self.intermediate is None) != (not own):

@@ -3,8 +3,8 @@
 A row of the head learns from its label's own documents. Most labels of a long tail have few, and an epoch shows each of them
 once: while the encoder moves, their rows stay where the start put them. So once, well into training, a sample of documents
 is embedded anew, and each label's row, in coordinates that whiten those embeddings, is turned towards the centroid of its
-documents and expressed by the features as they are now: K of them where the head is sparse. Training then goes on. Other
-rewiring moves single indices and starts them at zero; here a label's whole row is chosen again, with its weights.
+documents and expressed by the features as they are now: K of them where the head is sparse (words stay). Training then goes
+on. Other rewiring moves single indices and starts them at zero; here a label's whole row is chosen again, with its weights.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def recode(classifier: Classifier, source: LabelDocuments) -> dict[str, float]:
     head, device = classifier.head, classifier.device
     white = whitening(source.embeddings, device)
     form = _present_form(head, classifier.intermediate, white)
-    middle = classifier.project(white.mean[None])
+    middle = F.pad(classifier.project(white.mean[None]), (0, classifier.lexical.width if classifier.lexical else 0))
     names = np.arange(classifier.labels) if classifier.label_order is None else classifier.label_order
     group = head.group if isinstance(head, FixedFanIn) else 1
     size = -(-CHUNK // group) * group
@@ -101,7 +101,7 @@ def _present_form(head: Head, intermediate: nn.Linear | None, white: Whitening) 
     if isinstance(head, FixedFanIn):
         lengths = unfold.norm(dim=1).clamp_min(1e-12)
         generator = torch.Generator().manual_seed(0)
-        return start_forms.FixedFanIn(unfold / lengths[:, None], lengths, head.fan_in, head.group, generator)
+        return start_forms.FixedFanIn(unfold / lengths[:, None], lengths, head.inner_fan_in, head.group, generator)
     if isinstance(head, Bottleneck):
         unfold = head.projection @ unfold
     return start_forms.Dense(torch.linalg.pinv(unfold), unfold)
@@ -113,7 +113,8 @@ def _rows(head: Head, form: Form, start: int, stop: int) -> Tensor:
     weight = decode(weight) if weight.itemsize < 4 else weight
     if not isinstance(head, FixedFanIn):
         return form.fitted(weight, None)
-    return form.fitted(weight, head.index[start // head.group : -(-stop // head.group)].to(torch.int64))
+    index = head.index[start // head.group : -(-stop // head.group), : head.inner_fan_in]
+    return form.fitted(weight[:, : head.inner_fan_in], index.to(torch.int64))
 
 
 def _towards(rows: Tensor, targets: Tensor, share: Tensor) -> Tensor:
@@ -134,10 +135,10 @@ def _write(head: Head, start: int, chosen: Tensor, weight: Tensor, index: Tensor
     for name, values in (("weight", weight), ("momentum", weight.new_zeros(())), ("compensation", weight.new_zeros(()))):
         held = getattr(head, name, None)
         if held is not None:
-            _bits(held)[rows] = _bits(values.to(held.dtype))
+            _bits(held)[rows, : weight.shape[1]] = _bits(values.to(held.dtype))
     if index is not None and isinstance(head, FixedFanIn):
         groups = (start + chosen.nonzero()[:: head.group, 0]) // head.group
-        _bits(head.index)[groups] = _bits(index.to(head.index.dtype))
+        _bits(head.index)[groups, : index.shape[1]] = _bits(index.to(head.index.dtype))
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -24,14 +24,18 @@ from fanin.centroids import GATHER, LabelDocuments, load_embeddings, load_label_
 from fanin.config import Config
 from fanin.data.tokens import TokenSet
 from fanin.devices import choose_device
-from fanin.files import InputError, atomic_path, write_json
+from fanin.files import InputError, atomic_path, read_json, write_json
 from fanin.kernels.layer import index_dtype
+from fanin.label_words import LIFT, LabelWords, choose_rows
+from fanin.lexical import lexical_width
+from fanin.sparse_coding import decode
 from fanin.start_forms import Expressed, Whitening, fit_form
 
 RIDGE = 0.05  # of the covariance, in mean eigenvalues
 SAMPLE = 32768  # labels that a dictionary is learnt from
 CHUNK = 4096  # labels worked on at once
 SCORES = 2**24  # scores of validation documents held at once
+RANKED = 2048  # validation documents ranked, at most
 HINGE_LIFT = 2.0  # squared hinge: from -1, where nearly all its targets are, to the margin at 1
 NEAREST = 0.5  # own documents nearer to the mean than this, in standard deviations, are lifted less: that is noise
 CUTOFFS = (1, 3, 5)
@@ -55,9 +59,10 @@ def build_start(
     summary: dict[str, Any] = dict.fromkeys(("zero_shot", "residual", "atoms", "documents"))
     if config.start.source == "data":
         source = load_label_documents(tokens_folder, embeddings_folder)
+        words = _words(config, Path(tokens_folder), Path(embeddings_folder), source)
         order = _order(Path(clusters_folder) / "order.npy", source.labels, config.head.group)
-        ranking = _Ranking.open(Path(tokens_folder), Path(embeddings_folder), source.labels)
-        tensors, summary = start_from_data(config, source, order, ranking)
+        ranking = _Ranking.open(Path(tokens_folder), Path(embeddings_folder), source.labels, words)
+        tensors, summary = start_from_data(config, source, order, ranking, words)
     summary = {"source": config.start.source, **summary}
     with atomic_path(out, directory=True) as folder:
         save_file(
@@ -68,7 +73,7 @@ def build_start(
 
 
 def start_from_data(
-    config: Config, source: LabelDocuments, order: np.ndarray, ranking: _Ranking
+    config: Config, source: LabelDocuments, order: np.ndarray, ranking: _Ranking, words: LabelWords | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The head's state, its rows the labels in this order, and what start.json says of it but for the source."""
     head, device = config.head, choose_device(config.train.device)
@@ -103,17 +108,38 @@ def start_from_data(
         error += float((unit - expressed.fitted).square().sum(dtype=torch.float64))
         scale = _scale(config, expressed.fitted, target)
         expressed = expressed._replace(weight=expressed.weight * scale[:, None], fitted=expressed.fitted * scale[:, None])
-        ranking.offer(expressed.fitted, bias[rows].to(device), order[rows])
-        _store(state, expressed, rows, group, source.labels, head.intermediate or source.width)
+        inner = head.intermediate or source.width
+        read = lift = None
+        if words is not None and expressed.index is not None:
+            read, lift = (tensor.to(device) for tensor in words.of(order[rows], head.lexical, group))
+            lift = lift * LIFT[head.loss]
+            index = torch.cat([expressed.index, read + inner], 1)
+            expressed = expressed._replace(weight=torch.cat([expressed.weight, lift], 1), index=index)
+            read = read.repeat_interleave(group, 0)[: len(rows)]
+        ranking.offer(expressed.fitted, bias[rows].to(device), order[rows], read, lift)
+        _store(state, expressed, rows, group, source.labels, inner + (words.width if words else 0))
         if not head.intermediate:  # the head reads x, not x - mean
             bias[rows] -= (expressed.fitted @ (white.matrix @ white.mean)).cpu()
     state |= {name: tensor.cpu().contiguous() for name, tensor in form.layers.items()}
+    if words is not None:
+        state["lexical.idf"] = torch.from_numpy(words.idf)
     return state, {
         "zero_shot": ranking.precision(),
         "residual": error / max(int((source.counts > 0).sum()), 1),
         "atoms": head.intermediate or source.width,
         "documents": len(source.embeddings),
     }
+
+
+def _words(config: Config, tokens_folder: Path, embeddings_folder: Path, source: LabelDocuments) -> LabelWords | None:
+    """The labels' words in all training documents, embedded or not; None where the head reads none."""
+    if config.head.kind != "fixed_fan_in" or not config.head.lexical:
+        return None
+    tokens = TokenSet.open(tokens_folder / "train.arrow")
+    embedded, held_out = (np.load(embeddings_folder / name) for name in ("documents.npy", "validation_documents.npy"))
+    rows = choose_rows(len(tokens), embedded, held_out, config.seed)
+    width = lexical_width(read_json(tokens_folder / "tokens.json")["vocabulary"], config.head.intermediate or source.width)
+    return LabelWords(tokens, rows, source.labels, width)
 
 
 def whitening(embeddings: np.ndarray, device: torch.device) -> Whitening:
@@ -145,39 +171,52 @@ def whitening(embeddings: np.ndarray, device: torch.device) -> Whitening:
 class _Ranking:
     """The best labels of each validation document, as far as labels have been offered."""
 
-    def __init__(self, embeddings: np.ndarray, truth: list[np.ndarray], labels: int) -> None:
+    def __init__(self, embeddings: np.ndarray, truth: list[np.ndarray], labels: int, words: Tensor | None = None) -> None:
         self.embeddings, self.truth, self.labels = embeddings, truth, labels
+        self.words = words  # [V', N] lexical features of the documents
         self.z = self.best = torch.empty(0)
         self.found = torch.empty(0, dtype=torch.int64)
 
     @classmethod
-    def open(cls, tokens_folder: Path, embeddings_folder: Path, labels: int) -> _Ranking:
+    def open(cls, tokens_folder: Path, embeddings_folder: Path, labels: int, words: LabelWords | None = None) -> _Ranking:
         """Raises InputError where the validation embeddings do not fit train.arrow."""
         tokens = TokenSet.open(tokens_folder / "train.arrow")
         names = ("validation.npy", "validation_documents.npy")
         embeddings, documents = load_embeddings(embeddings_folder, *names, len(tokens))
-        return cls(embeddings, tokens.labels(documents), labels)
+        every = max(-(-len(documents) // RANKED), 1)  # evenly: documents of a kind often lie together
+        embeddings, documents = embeddings[::every], documents[::every]
+        read = words.features(documents).T.contiguous() if words is not None else None
+        return cls(embeddings, tokens.labels(documents), labels, read)
 
     def whiten(self, white: Whitening) -> None:
         x = torch.from_numpy(self.embeddings.astype(np.float32)).to(white.mean.device)
         self.z = (x - white.mean) @ white.matrix
+        self.words = None if self.words is None else self.words.to(x.device)
         self.best = self.z.new_empty(len(x), 0)
         self.found = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
 
-    def offer(self, rows: Tensor, bias: Tensor, labels: np.ndarray) -> None:
-        """Rank labels [n] with whitened rows [n, D] and mean logits [n] among those before."""
+    def offer(
+        self, rows: Tensor, bias: Tensor, labels: np.ndarray, read: Tensor | None = None, weight: Tensor | None = None
+    ) -> None:
+        """Rank labels [n] among those before; rows [n, D], whitened; bias [n], mean logits; read, weight [n, K]: words."""
         if not len(self.z):
             return
-        blank = (~rows.any(dim=1)).nonzero()[:, 0]  # they score their bias on every document: only the best can be found
+        says = rows.any(dim=1) if weight is None else rows.any(dim=1) | weight.any(dim=1)
+        blank = (~says).nonzero()[:, 0]  # they score their bias on every document: only the best can be found
         if len(blank) > CUTOFFS[-1]:
             kept = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
             kept[blank] = False
             kept[blank[bias[blank].topk(CUTOFFS[-1]).indices]] = True
             rows, bias, labels = rows[kept], bias[kept], labels[kept.cpu().numpy()]
+            if read is not None and weight is not None:
+                read, weight = read[kept], weight[kept]
         some = max(SCORES // len(self.z), CUTOFFS[-1])
         names = torch.from_numpy(labels.astype(np.int64)).to(rows.device)
-        for own, base, name in zip(rows.split(some), bias.split(some), names.split(some), strict=True):
+        for start in range(0, len(rows), some):
+            own, base, name = (tensor[start : start + some] for tensor in (rows, bias, names))
             score = torch.addmm(base, self.z, own.T)
+            if read is not None and weight is not None and self.words is not None:
+                score += decode(read[start : start + some].to(score.device), weight[start : start + some], self.words).T
             best, place = score.topk(min(CUTOFFS[-1], score.shape[1]), dim=1)
             best, found = torch.cat([self.best, best], 1), torch.cat([self.found, name[place]], 1)
             self.best, place = best.topk(min(CUTOFFS[-1], best.shape[1]), dim=1)

@@ -128,17 +128,18 @@ def fit_form(
     """
     head, width = config.head, len(white.mean)
     if head.kind == "fixed_fan_in":
-        if head.fan_in > (head.intermediate or width):
+        fan_in = head.inner_fan_in
+        if fan_in > (head.intermediate or width):
             raise InputError(
-                f"head.fan_in: {head.fan_in} is above the {head.intermediate or width} features that the head reads; "
+                f"head.fan_in: {fan_in} is above the {head.intermediate or width} features that the head reads; "
                 "lower it, or raise head.intermediate"
             )
         if not head.intermediate:  # the features are given: seen from z, feature d is row d of the inverse
             lengths = white.inverse.norm(dim=1)
-            return FixedFanIn(white.inverse / lengths[:, None], lengths, head.fan_in, head.group, generator)
-        atoms = learn_dictionary(sample, head.intermediate, head.fan_in, head.group, config.start.rounds, generator)
+            return FixedFanIn(white.inverse / lengths[:, None], lengths, fan_in, head.group, generator)
+        atoms = learn_dictionary(sample, head.intermediate, fan_in, head.group, config.start.rounds, generator)
         lengths = atoms.new_ones(len(atoms))
-        return FixedFanIn(atoms, lengths, head.fan_in, head.group, generator, _layer(atoms, white))
+        return FixedFanIn(atoms, lengths, fan_in, head.group, generator, _layer(atoms, white))
     if head.kind == "bottleneck" and head.bottleneck > min(width, head.intermediate or width):
         raise InputError(
             f"head.bottleneck: {head.bottleneck} is above the {min(width, head.intermediate or width)} directions that "

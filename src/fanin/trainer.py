@@ -202,8 +202,9 @@ class Trainer:
             share = 1 / (settings.accumulation * count)  # the loss is a mean over documents
             torch.manual_seed(seed_of(self.config.seed, number, ranks.rank))  # for dropout
             embedding = classifier.embed(batch.ids, batch.mask) if len(batch.ids) else None
-            features = classifier.project(embedding) if embedding is not None else self._nothing()
-            everyone = ranks.gather(features.detach(), count)
+            features = classifier.project(embedding) if embedding is not None else None
+            read = classifier.join(features, batch.ids, batch.mask) if features is not None else self._nothing()
+            everyone = ranks.gather(read, count)
             try:
                 dx, loss = classifier.head.step(
                     everyone,
@@ -219,8 +220,10 @@ class Trainer:
                 reason = f"the encoder's output is not finite ({error}; rows {batch.rows[:3].tolist()}... of train.arrow)"
                 self._skip(1, reason)
                 continue
+            if classifier.lexical is not None:  # from words the head learns, but not the encoder
+                dx = dx[:, : -classifier.lexical.width].contiguous()
             dx = ranks.scatter_sum(dx.mul_((1 - coefficient) * share))
-            if embedding is not None:
+            if features is not None:
                 outputs: list[Tensor] = [features]
                 gradients: list[Tensor | None] = [dx]
                 if auxiliary is not None:
@@ -275,7 +278,7 @@ class Trainer:
         return moved, positives.to(device), own.to(device)
 
     def _nothing(self) -> Tensor:
-        """Features of no document: a last batch can be smaller than the number of ranks."""
+        """What the head reads of no document: a last batch can be smaller than the number of ranks."""
         return torch.empty(0, self.classifier.head.width, device=self.classifier.device)
 
     def _sum_gradients(self) -> None:

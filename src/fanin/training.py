@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fanin.calibration import calibrate
 from fanin.config import Config
 from fanin.data.batches import split
 from fanin.data.tokens import TokenSet
@@ -103,6 +104,10 @@ def train(
         )
         optimizer_bytes = classifier.head_bytes()["optimizer"]
         trainer.run()
+        calibration = None
+        if len(validation_rows):
+            frequency = tokens.label_frequency(train_rows, classifier.labels)
+            calibration = calibrate(classifier, tokens, validation_rows, frequency)
         classifier.save(models, labels)
 
         head = classifier.head
@@ -126,11 +131,13 @@ def train(
             "intermediate_bytes": sum(p.numel() * p.element_size() for p in classifier.intermediate.parameters())
             if classifier.intermediate is not None
             else 0,
+            "lexical_bytes": classifier.lexical.idf.nbytes if classifier.lexical is not None else 0,
             "dense_fp32_bytes": 4 * classifier.labels * classifier.encoder.width,
             "peak_rss_mib": ranks.most([_peak_rss_mib()])[0],  # of the fullest process
             "feature_use_start": use_before,
             "feature_use": _feature_use(classifier),
             "moved": _moved(classifier, index_before),
+            "calibration": calibration,
             "recoding": trainer.curves["recoding"][-1] if trainer.curves["recoding"] else None,
         }
         if device.type == "cuda":

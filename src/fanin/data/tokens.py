@@ -98,6 +98,20 @@ class TokenSet:
                 labels.append(values[offsets[0] : offsets[-1]])
             yield np.concatenate(documents), np.concatenate(labels)
 
+    def label_frequency(self, rows: np.ndarray, labels: int) -> np.ndarray:
+        """[labels] int64: how many of `rows` have each label. Raises InputError where one is out of range."""
+        counted = np.zeros(len(self), bool)
+        counted[rows] = True
+        frequency = np.zeros(labels, np.int64)
+        for documents, found in self.label_pairs():
+            kept = found[counted[documents]]
+            if kept.size and kept.max() >= labels:
+                raise InputError(
+                    f"{self.path}: label {kept.max()} is outside 0..{labels - 1}; rerun corpus and tokens (dvc repro -f tokens)"
+                )
+            frequency += np.bincount(kept, minlength=labels)
+        return frequency
+
     def _take(self, views: list[tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> list[np.ndarray]:
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):

@@ -27,8 +27,9 @@ def build_head(
     width: int,
     generator: torch.Generator | None = None,
     part: tuple[int, int] | None = None,
+    vocabulary: int = 0,
 ) -> Head:
-    """The head that `config.Head` describes, with a random start; `part` as in `Head`.
+    """The head that `config.Head` describes, with a random start; `part` as in `Head`, `vocabulary` as in `FixedFanIn`.
 
     Raises InputError where it cannot be built.
     """
@@ -54,6 +55,8 @@ def build_head(
             rounding=settings.rounding,
             backend=settings.backend,
             part=part,
+            lexical=settings.lexical,
+            vocabulary=vocabulary,
         )
     except Unavailable as reason:
         raise InputError(f"head.backend: {reason}; set it to auto") from None

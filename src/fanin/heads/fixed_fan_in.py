@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fanin import kernels, rewiring
@@ -34,6 +35,8 @@ class FixedFanIn(Head):
     dtype: what the weights are stored in. Below float32 momentum is kept in bfloat16, and sums are rounded stochastically, or
     (rounding "kahan") to nearest with the loss carried in a bfloat16 compensation [L, K].
     backend: the kernels, as in `kernels.backend`.
+    lexical: how many of the K entries, the last ones of each row, read the last V' = `vocabulary` of the D' features; they
+    are chosen by the start, and rewiring leaves them where they are.
     Source: fixed fan-in output layers, Schultheis & Babbar, ECML 2023; dynamic sparsity on them, arXiv 2411.03171.
     """
 
@@ -54,14 +57,20 @@ class FixedFanIn(Head):
         rounding: str = "stochastic",
         backend: str = "auto",
         part: tuple[int, int] | None = None,
+        lexical: int = 0,
+        vocabulary: int = 0,
     ) -> None:
         super().__init__(labels, width, loss, part)
         if self.first % group:
             raise ValueError(f"part must begin with a whole group of {group} labels, found {self.first}")
-        if fan_in > width:
+        self.inner, self.inner_fan_in = width - vocabulary, fan_in - lexical
+        if self.inner_fan_in > self.inner:
             raise InputError(
-                f"head.fan_in: {fan_in} is above the {width} features that the head reads; lower it, or raise head.intermediate"
+                f"head.fan_in: {self.inner_fan_in} is above the {self.inner} features that the head reads; lower it, or raise "
+                "head.intermediate"
             )
+        if lexical > vocabulary:
+            raise InputError(f"head.lexical: {lexical} is above the {vocabulary} tokens of the encoder; lower it")
         if fan_in > FAN_IN_LIMIT:
             raise InputError(f"head.fan_in: {fan_in} is above {FAN_IN_LIMIT}, the most that the kernels take; lower it")
         if dtype not in WEIGHT_TYPES:
@@ -72,12 +81,16 @@ class FixedFanIn(Head):
         self.register_buffer("weight", torch.empty(self.labels, fan_in, dtype=dtype))
         self.register_buffer("index", torch.empty(-(-self.labels // group), fan_in, dtype=index_dtype(width)))
         for rows in self._row_chunks():
-            score = uniform(seed, 2 * rows.block, rows.within, (size, width))
-            self.index[rows.start : rows.stop].copy_(score.topk(fan_in, dim=1).indices.sort(dim=1).values)
+            score = uniform(seed, 2 * rows.block, rows.within, (size, self.inner))
+            found = score.topk(self.inner_fan_in, dim=1).indices.sort(dim=1).values
+            words = torch.arange(self.inner, self.inner + lexical, device=found.device).expand(len(found), -1)
+            self.index[rows.start : rows.stop].copy_(torch.cat([found, words], 1))
             own = self._labels_of(self.weight, rows.start, rows.stop)
             members = slice(rows.within.start * group, rows.within.start * group + len(own))
             drawn = uniform(seed, 2 * rows.block + 1, members, (size * group, fan_in))
             own.copy_(drawn.mul_(2 * bound).sub_(bound))
+            if lexical:
+                own[:, self.inner_fan_in :] = torch.zeros(len(own), lexical).to(dtype)
         self.prepare_training(0.0)
 
     def prepare_training(self, momentum: float) -> None:
@@ -107,8 +120,8 @@ class FixedFanIn(Head):
 
     @property
     def _block(self) -> int:
-        """Index rows for which a [rows * G, D'] dense gradient takes about 16 MiB."""
-        return min(max(2**22 // (self.width * self.group), 1), -(-self.whole // self.group))
+        """Index rows for which a [rows * G, D'] dense gradient of the encoder's features takes about 16 MiB."""
+        return min(max(2**22 // (self.inner * self.group), 1), -(-self.whole // self.group))
 
     def _row_chunks(self) -> Iterator[_Rows]:
         """Own index rows, a block of the whole head or its part at a time."""
@@ -137,15 +150,21 @@ class FixedFanIn(Head):
         x [B, D'] and its positives give RigL's dense gradient (in chunks, only now); `seed` and `step` SET's random numbers.
         Returns, of all ranks together, entries, pruned, and moved (those that read another feature now).
         """
-        amount = schedule.amount_at(step)
+        amount, inner, entries = schedule.amount_at(step), self.inner_fan_in, len(self.index) * self.inner_fan_in
         if schedule.prune == "global":
-            amount = rewiring.global_threshold(self._magnitudes, self.index.numel(), amount, ranks)
+            amount = rewiring.global_threshold(self._magnitudes, entries, amount, ranks)
+        if inner < self.fan_in:  # words are no candidates, and their part of the logits is left out
+            x = torch.cat([x[:, : self.inner], torch.zeros_like(x[:, self.inner :])], 1) if schedule.method == "rigl" else x
         pruned = moved = 0
         layer = self.layer()
         for rows in self._row_chunks():
             start = rows.start * self.group
             part = layer.part(start, min(rows.stop * self.group, self.labels))
-            mask = rewiring.pruned_mask(rewiring.magnitude(decode(part.weight), self.group), schedule.prune, amount)
+            size = rewiring.magnitude(decode(part.weight[:, :inner]), self.group)
+            mask = rewiring.pruned_mask(size, schedule.prune, amount)
+            del size
+            if inner < self.fan_in:
+                mask = F.pad(mask, (0, self.fan_in - inner))
             if schedule.method == "rigl":
                 new = self._regrown_by_gradient(part, mask, x.detach(), positives.between(start, start + part.labels))
             else:
@@ -153,31 +172,36 @@ class FixedFanIn(Head):
             pruned += int(mask.sum())
             tensors = (part.weight, part.momentum, part.compensation)
             moved += rewiring.move_(part.index, new, mask, [t for t in tensors if t is not None], self.group)
-        counts = ranks.total([self.index.numel(), pruned, moved])
+        counts = ranks.total([entries, pruned, moved])
         return dict(zip(("entries", "pruned", "moved"), map(int, counts), strict=True))
 
     def _regrown_by_gradient(self, part: Layer, mask: Tensor, x: Tensor, positives: Positives) -> Tensor:
         """New int64 indices of `part`'s rows, others where `mask`."""
         most = max(int(mask.sum(dim=1).max()), 1)
         found = self._kernels().candidates(x, part, positives.labels, positives.documents, most, self.loss)
+        if self.inner < self.width:
+            found.masked_fill_(found >= self.inner, -1)
         return rewiring.regrow_from(part.index, mask, found)
 
     def _regrown_at_random(self, rows: _Rows, part: Layer, mask: Tensor, seed: int) -> Tensor:
-        score = uniform(seed, rows.block, rows.within, (self._block, self.width), part.index.device)
-        return rewiring.regrow(part.index, mask, score)
+        score = uniform(seed, rows.block, rows.within, (self._block, self.inner), part.index.device)
+        inner = self.inner_fan_in
+        words = part.index[:, inner:].to(torch.int64)
+        return torch.cat([rewiring.regrow(part.index[:, :inner], mask[:, :inner], score), words], 1)
 
     def _magnitudes(self) -> Iterator[Tensor]:
         for rows in self._row_chunks():
-            yield rewiring.magnitude(decode(self._labels_of(self.weight, rows.start, rows.stop)), self.group)
+            own = decode(self._labels_of(self.weight, rows.start, rows.stop))
+            yield rewiring.magnitude(own[:, : self.inner_fan_in], self.group)
 
     def _labels_of(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         return tensor[start * self.group : min(stop * self.group, self.labels)]
 
     def feature_use(self) -> Tensor:
-        """How many index entries, each counted for all labels of its row, read each feature: int64 [D']."""
-        use = torch.zeros(self.width, dtype=torch.int64, device=self.index.device)
+        """How many index entries, each counted for all labels of its row, read each feature of the encoder's: int64."""
+        use = torch.zeros(self.inner, dtype=torch.int64, device=self.index.device)
         for start, stop, *_ in self._row_chunks():
-            rows = self.index[start:stop].to(torch.int64)
+            rows = self.index[start:stop, : self.inner_fan_in].to(torch.int64)
             members = torch.full((len(rows), 1), self.group, dtype=torch.int64, device=rows.device)
             if stop * self.group > self.labels:
                 members[-1] = self.labels - (stop - 1) * self.group
@@ -193,5 +217,7 @@ class FixedFanIn(Head):
         super()._check_state(state, source)
         try:
             rewiring.check_index(state["index"], self.width)
+            if self.inner < self.width:
+                rewiring.check_index(state["index"][:, : self.inner_fan_in], self.inner)
         except ValueError as error:
             raise InputError(f"{source}: {error}; rerun the stage that writes it") from None

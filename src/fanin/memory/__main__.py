@@ -87,8 +87,9 @@ def _largest(job: Job, room: int, baseline: int) -> int:
         raise InputError(f"--for: only a fixed_fan_in head has a fan-in, but head.kind is {job.config.head.kind}")
     found = advice.largest_fan_in(job, room, baseline)
     if found is None:
-        smallest = dataclasses.replace(job, config=advice.Change((("head.fan_in", advice.STEP),), 0).apply(job.config))
-        print(f"not even head.fan_in={advice.STEP} fits:")
+        least = advice.least_fan_in(job)
+        smallest = dataclasses.replace(job, config=advice.Change((("head.fan_in", least),), 0).apply(job.config))
+        print(f"not even head.fan_in={least} fits:")
         print(table.title(smallest))
         print(table.table(smallest.plan(baseline), room))
         return 1

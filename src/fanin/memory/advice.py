@@ -112,10 +112,15 @@ def least(job: Job, baseline: int) -> tuple[Change, Plan]:
     return min(found, key=lambda pair: pair[1].need)
 
 
+def least_fan_in(job: Job) -> int:
+    """The smallest multiple of 8 that leaves a feature of the encoder beside the words."""
+    return (job.config.head.lexical // STEP + 1) * STEP
+
+
 def largest_fan_in(job: Job, room: int, baseline: int) -> tuple[int, Plan] | None:
-    """The largest fan-in, a multiple of 8, with which the run fits into `room`, and its plan; None where not even 8 does."""
+    """The largest fan-in, a multiple of 8, with which the run fits into `room`, and its plan; None where none does."""
     best = None
-    low, high = 1, min(FAN_IN_LIMIT, job.features) // STEP
+    low, high = least_fan_in(job) // STEP, min(FAN_IN_LIMIT, job.features) // STEP
     while low <= high:
         middle = (low + high) // 2
         plan = _planned(job, Change((("head.fan_in", STEP * middle),), 0), baseline)

@@ -13,7 +13,7 @@ import torch
 from fanin.config import Config
 from fanin.files import InputError
 from fanin.memory.peaks import current
-from fanin.memory.plan import Plan, predict
+from fanin.memory.plan import Plan, predict, words_read
 from fanin.memory.shapes import EncoderShape
 
 MIB = 2**20
@@ -39,9 +39,14 @@ class Job:
     ranks: int = 1
 
     @property
-    def features(self) -> int:
-        """D', the features that the head can read."""
+    def inner(self) -> int:
+        """D', the features of the encoder that the head can read."""
         return self.config.head.intermediate or self.shape.width(self.config)
+
+    @property
+    def features(self) -> int:
+        """D' + V', with the words behind them."""
+        return self.inner + words_read(self.config.head, self.shape.vocabulary, self.inner)
 
     def plan(self, baseline: int | None = None) -> Plan:
         """The prediction; `baseline` bytes of the process itself, on a CPU this one's where it is not given."""

@@ -17,6 +17,7 @@ from fanin.config import Head as HeadSettings
 from fanin.heads import STORED
 from fanin.heads.dense import ROUNDED
 from fanin.kernels.layer import index_dtype
+from fanin.lexical import lexical_width
 from fanin.memory.shapes import EncoderShape
 from fanin.optim import CHUNK, MOMENTS
 
@@ -141,7 +142,8 @@ def predict(
     head = head or config.head
     whole, labels, own = labels, -(-labels // ranks), -(-batch // ranks)
     width = encoder.width(config)
-    features = head.intermediate or width
+    inner = head.intermediate or width
+    features = inner + words_read(head, encoder.vocabulary, inner)
     layer = head.intermediate * (width + 1)
     trained = encoder.parameters + layer
     sizes = head_bytes(head, labels, features, momentum=config.train.momentum > 0)
@@ -150,7 +152,9 @@ def predict(
     checkpointing = config.encoder.checkpointing
 
     embedding = _FLOAT * own * width * (2 if config.encoder.dropout else 1)
-    tail = embedding + _FLOAT * own * features * (2 if head.activation == "relu" and head.intermediate else 1)
+    tail = embedding + _FLOAT * own * inner * (2 if head.activation == "relu" and head.intermediate else 1)
+    if features > inner:  # with the words behind them
+        tail += _FLOAT * own * features
     activations = encoder.saved(own, tokens, device, precision, checkpointing) + tail
     forward, backward = encoder.temporaries(own, tokens, device, precision, checkpointing)
     order = 0 if head.group == 1 else 4 * labels + (8 * whole if device == "cpu" else 0)  # and its inverse, on the host
@@ -172,7 +176,7 @@ def predict(
         "update": Phase(gradients=gradients, temporaries=updating),
     }
     if head.kind == "fixed_fan_in" and config.rewiring.method != "none":
-        rewire = rewire_buffers(head, labels, features, batch, config.rewiring.method, config.rewiring.prune)
+        rewire = rewire_buffers(head, labels, inner, batch, config.rewiring.method, config.rewiring.prune, features - inner)
         phases["rewire"] = Phase(temporaries=rewire + tail)
     return Plan(
         baseline=baseline,
@@ -187,6 +191,11 @@ def predict(
         least_slack=_KEPT_LAYERS * encoder.layer(own, tokens, device, precision) if checkpointing and device == "cpu" else 0,
         phases=phases,
     )
+
+
+def words_read(head: HeadSettings, vocabulary: int, width: int) -> int:
+    """V': the lexical features that the head reads behind `width` of the encoder's."""
+    return lexical_width(vocabulary, width) if head.kind == "fixed_fan_in" and head.lexical else 0
 
 
 def head_bytes(head: HeadSettings, labels: int, features: int, *, momentum: bool) -> dict[str, int]:
@@ -228,15 +237,15 @@ def step_buffers(head: HeadSettings, labels: int, features: int, batch: int, dev
     return vectors + logits + max(logits, update)
 
 
-def rewire_buffers(head: HeadSettings, labels: int, features: int, batch: int, method: str, prune: str) -> int:
-    """What `heads.FixedFanIn.rewire` allocates at its highest, for one chunk of index rows."""
+def rewire_buffers(head: HeadSettings, labels: int, features: int, batch: int, method: str, prune: str, words: int = 0) -> int:
+    """What `heads.FixedFanIn.rewire` allocates at its highest, for one chunk of index rows; words: features that it leaves."""
     total, whole = -(-labels // head.group), max(2**22 // (features * head.group), 1)
     rows = min(whole, total)
     entries, members = rows * head.fan_in, rows * head.fan_in * head.group
     # the new indices in order, then for each label where its weights come from, and they themselves
     moving = 35 * entries if head.group == 1 else 17 * entries + 13 * members
     if method == "rigl":
-        choosing = 17 * entries + _FLOAT * batch * features * (3 if batch > 64 else 2)  # x, features first
+        choosing = 17 * entries + _FLOAT * batch * (features + words) * (3 if batch > 64 or words else 2)  # x, features first
     else:
         choosing = 35 * entries + _FLOAT * rows * features  # random scores
     highest = max(moving, choosing)

@@ -123,10 +123,14 @@ def random_classifier(
     classifier.precision = precision
     if classifier.intermediate is not None:
         classifier.intermediate.to_empty(device=device).reset_parameters()
-    head = classifier.head.to_empty(device=device)
+    if classifier.lexical is not None:
+        torch.nn.init.ones_(classifier.lexical.to_empty(device=device).idf)
+    head: Any = classifier.head.to_empty(device=device)
     for name, buffer in head.named_buffers():
         if name == "index":
-            _spread(buffer, head.width)
+            inner = head.inner_fan_in
+            _spread(buffer[:, :inner], head.inner)
+            _spread(buffer[:, inner:], head.width - head.inner, head.inner)
         else:
             buffer.fill_(-1.0) if name == "bias" else _scatter(buffer)
     return classifier.to(device)
@@ -158,13 +162,15 @@ def _scatter(weight: Tensor) -> None:
         part.copy_(torch.empty(part.shape, device=part.device).uniform_(-0.1, 0.1))
 
 
-def _spread(index: Tensor, width: int) -> None:
-    """Fill index [R, K] with distinct ascending features, other ones from row to row."""
+def _spread(index: Tensor, width: int, first_feature: int = 0) -> None:
+    """Fill index [R, K] with distinct ascending features from `first_feature` on, other ones from row to row."""
     rows, fan_in = index.shape
+    if not fan_in:
+        return
     first = torch.arange(fan_in, device=index.device) * width // fan_in
     for start in range(0, rows, 2**16):
         shift = torch.arange(start, min(start + 2**16, rows), device=index.device) % max(width // fan_in, 1)
-        index[start : start + len(shift)] = (first + shift[:, None]).to(index.dtype)
+        index[start : start + len(shift)] = (first_feature + first + shift[:, None]).to(index.dtype)
 
 
 def _trainer(config: Config, classifier: Classifier, tokens: int, steps: int, folder: Path) -> Trainer:
@@ -205,7 +211,13 @@ def _make_moments(optimizer: torch.optim.Optimizer) -> None:
 
 def _warm_up(config: Config, device: torch.device, precision: torch.dtype) -> None:
     """Train a tiny classifier, so that what the libraries load at their first use is in the baseline."""
-    head = dataclasses.replace(config.head, fan_in=4, bottleneck=4, intermediate=min(config.head.intermediate, 64))
+    head = dataclasses.replace(
+        config.head,
+        fan_in=4,
+        lexical=min(config.head.lexical, 1),
+        bottleneck=4,
+        intermediate=min(config.head.intermediate, 64),
+    )
     tiny = dataclasses.replace(config, head=head, train=dataclasses.replace(config.train, batch=4, accumulation=1))
     depth = config.encoder.layers if config.encoder.pooling == "cls_layers" else 1
     model = random_encoder(

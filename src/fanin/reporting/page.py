@@ -141,7 +141,8 @@ def head_in_words(config: Config, train: Mapping[str, Any]) -> str:
         if config.rewiring.recode_at:
             changes.append(f"recoded at {config.rewiring.recode_at:g} of training")
         shared = f", groups of {head.group}" if head.group > 1 else ""
-        return f"fixed fan-in: each label reads {head.fan_in}{over}{shared}, {', '.join(changes) or 'static'}"
+        words = f" and {head.lexical} words" if head.lexical else ""
+        return f"fixed fan-in: each label reads {head.inner_fan_in}{over}{words}{shared}, {', '.join(changes) or 'static'}"
     if head.kind == "bottleneck":
         return f"dense bottleneck of {head.bottleneck}"
     return "dense"

@@ -166,6 +166,8 @@ def fan_in(records: Records, config: Config) -> dict[str, Any] | None:
     top = max(1, len(ordered) // 10)
     return {
         "charts": [chart for chart in charts if chart is not None],
+        "inner": config.head.inner_fan_in,
+        "words": config.head.lexical,
         "features": len(use),
         "unread": int((ordered == 0).sum()),
         "most": int(ordered[0]) if len(ordered) else None,
@@ -174,6 +176,7 @@ def fan_in(records: Records, config: Config) -> dict[str, Any] | None:
         "moved": train.get("moved"),
         "rewirings": len(table.get("step", [])),
         "recoding": train.get("recoding"),
+        "calibration": train.get("calibration"),
         "static": config.rewiring.method == "none" and not config.rewiring.recode_at,
     }
 

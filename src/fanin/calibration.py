@@ -1,0 +1,188 @@
+"""Calibration after training: what a logit is worth depends on how many documents its label was learnt from.
+
+A row learnt from one document fits that document; on others it promises too much, and among hundreds of thousands of such
+rows some outbid the right label. What they promise and what they keep is seen on the validation documents, which training
+never sees: of the labels ranked first, the chance to be right is fitted by logistic regression on the logit, on the words'
+part of it, on the logarithm and the inverse of the label's number of training documents, and on the logit times that
+logarithm (Platt's scaling, 1999, with the frequency as a covariate). Divided by the mean slope of the logits the fit is a
+factor and a shift for each label, by its frequency alone. They are folded into the head: nothing is added at inference. A
+Gaussian prior holds the fit to "no change" where documents are few.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fanin.data.batches import collate
+from fanin.data.tokens import TokenSet
+from fanin.heads import FixedFanIn
+from fanin.kernels.layer import decode
+from fanin.metrics import csr, match, precision
+from fanin.model import Classifier
+from fanin.retrieval import rank
+
+CANDIDATES = 20  # labels a document
+PRIOR = 10.0  # precision of the prior on coefficients of covariates of unit variance: 1 for the logit's, 0 for the others
+_BATCH = 256
+_ROWS = 2**16  # of the head, changed together
+_ROUNDS = 50  # of Newton's method; it takes about 8
+
+
+class Shift(NamedTuple):
+    """Of a label of n training documents, what becomes of its logits: slope(n) z + (words - 1) z_words + gain(n)."""
+
+    words: float = 1.0
+    log_frequency: float = 0.0
+    rare: float = 0.0
+    slope: float = 1.0
+    slope_log_frequency: float = 0.0
+
+    def slopes(self, frequency: np.ndarray) -> np.ndarray:
+        """slope + slope_log_frequency log n, and never less than a tenth."""
+        return np.maximum(self.slope + self.slope_log_frequency * np.log(_at_least(frequency)), 0.1)
+
+    def gains(self, frequency: np.ndarray) -> np.ndarray:
+        """log_frequency log n + rare / n."""
+        n = _at_least(frequency)
+        return self.log_frequency * np.log(n) + self.rare / n
+
+    def apply(self, scores: np.ndarray, words: np.ndarray, frequency: np.ndarray) -> np.ndarray:
+        """Logits, words' part of them and their labels' frequency, of one shape -> the logits afterwards."""
+        slopes = self.slopes(frequency)
+        return (scores - words) * slopes + words * self.words_slopes(slopes) + self.gains(frequency)
+
+    def words_slopes(self, slopes: np.ndarray) -> np.ndarray:
+        """The factor of words beside those `slopes` of all else."""
+        return np.maximum(slopes + (self.words - 1), 0)
+
+
+def _at_least(frequency: np.ndarray) -> np.ndarray:
+    """A label that only held-out documents have counts as half a document."""
+    return np.maximum(frequency, 0.5).astype(np.float64)
+
+
+def calibrate(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, frequency: np.ndarray) -> dict[str, float]:
+    """Fit a `Shift` on the held-out `rows` of `tokens` and fold it into the head's weights and biases, in place.
+
+    frequency [L]: training documents of each label. All of the classifier's ranks call this. Returns the shift and the
+    candidates' P@k before and after it (the documents that it was fitted on: no estimate of what others would gain).
+    """
+    count = min(CANDIDATES, classifier.labels)
+    labels, scores = rank(classifier, tokens, rows, count, _BATCH)
+    words = _words_part(classifier, tokens, rows, labels)
+    truth = csr(tokens.labels(rows))
+    hits = match(labels, *truth)
+    shift = fit(scores, words, frequency[labels], hits)
+    _fold(classifier, shift, frequency)
+    order = np.argsort(-shift.apply(scores, words, frequency[labels]), axis=1, kind="stable")
+    found = {
+        f"{name} {k}": v
+        for name, h in (("before", hits), ("after", np.take_along_axis(hits, order, 1)))
+        for k, v in precision(h).items()
+    }
+    return {**shift._asdict(), **found}
+
+
+def fit(scores: np.ndarray, words: np.ndarray, frequency: np.ndarray, hits: np.ndarray) -> Shift:
+    """Candidates' logits, the words' part of them, their labels' training documents and whether they are right, all [N, C]."""
+    seen = np.isfinite(scores)
+    z, right = scores[seen].astype(np.float64), hits[seen]
+    n = _at_least(frequency[seen])
+    columns = np.stack([z, words[seen], np.log(n), 1 / n, z * np.log(n)]).astype(np.float64)
+    mean, spread = columns.mean(1), columns.std(1)
+    told = spread > 1e-9  # no words, or all labels alike: nothing to fit
+    told[4] &= told[2]
+    if not right.any() or right.all() or not told[0]:
+        return Shift()
+    x = np.column_stack([np.ones(len(z)), (columns[told].T - mean[told]) / spread[told]])
+    prior, trust = np.zeros(x.shape[1]), np.full(x.shape[1], PRIOR)
+    prior[1], trust[0] = spread[0], 0.0
+    slopes = np.zeros(len(columns))
+    slopes[told] = _newton(x, right.astype(np.float64), prior, trust)[1:] / spread[told]
+    middle = slopes[0] + slopes[4] * mean[2]  # of the candidates' own slopes
+    if middle < 0.05:  # logits that say nothing on other documents: not for a shift to mend
+        return Shift()
+    slope, own, log_frequency, rare, slope_log_frequency = (float(value) for value in slopes / middle)
+    return Shift(max(1 + own, 0.0), log_frequency, rare, slope, slope_log_frequency)
+
+
+def _newton(x: np.ndarray, y: np.ndarray, prior: np.ndarray, trust: np.ndarray) -> np.ndarray:
+    """The maximum a posteriori of a logistic regression x [N, P] -> y [N], halving steps that do not help."""
+
+    def loss(theta: np.ndarray) -> float:
+        z = x @ theta
+        return float(np.logaddexp(0, z).sum() - z @ y + (trust * (theta - prior) ** 2).sum() / 2)
+
+    theta, value = prior.copy(), loss(prior)
+    for _ in range(_ROUNDS):
+        p = 1 / (1 + np.exp(-np.clip(x @ theta, -500, 500)))
+        gradient = x.T @ (p - y) + trust * (theta - prior)
+        curvature = (x * (p * (1 - p))[:, None]).T @ x + np.diag(trust + 1e-9)
+        step = np.linalg.solve(curvature, gradient)
+        size = 1.0
+        while (new := loss(theta - size * step)) > value and size > 1e-6:
+            size /= 2
+        if size <= 1e-6:
+            break
+        gain, theta, value = value - new, theta - size * step, new
+        if gain <= 1e-14 * abs(value):
+            break
+    return theta
+
+
+@torch.inference_mode()
+def _words_part(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What words bring to the logits of `labels` [N, C] on the documents `rows` [N]."""
+    head, device = classifier.head, classifier.device
+    part = torch.zeros(labels.shape, device=device)
+    if classifier.lexical is None or not isinstance(head, FixedFanIn):
+        return part.cpu().numpy()
+    place = _rows_of(classifier, torch.from_numpy(labels.astype(np.int64)).to(device))
+    for start in range(0, len(rows), _BATCH):
+        ids, mask = collate(tokens.ids(rows[start : start + _BATCH]), 0)
+        read = classifier.lexical(ids.to(device), mask.to(device))
+        own = place[start : start + _BATCH]
+        here = (own >= 0) & (own < head.labels)
+        row = own.clamp(0, head.labels - 1)
+        index = _take(head.index, row.flatten() // head.group)[:, head.inner_fan_in :].to(torch.int64) - head.inner
+        weight = decode(_take(head.weight, row.flatten()))[:, head.inner_fan_in :]
+        values = read.gather(1, index.view(len(own), -1)).view_as(weight)
+        part[start : start + _BATCH] = torch.linalg.vecdot(values, weight.float()).view_as(own) * here
+    classifier.ranks.sum_([part])
+    return part.cpu().numpy()
+
+
+def _take(tensor: Tensor, rows: Tensor) -> Tensor:
+    """tensor[rows], also of types that have no such operation."""
+    bits = tensor.view({1: torch.uint8, 2: torch.int16}.get(tensor.itemsize, tensor.dtype))
+    return bits[rows].view(tensor.dtype)
+
+
+def _rows_of(classifier: Classifier, labels: Tensor) -> Tensor:
+    """The rows of this rank's head that label ids are, outside 0..labels-1 where they are others'."""
+    if classifier.label_order is None:
+        return labels - classifier.head.first
+    order = torch.from_numpy(np.array(classifier.label_order, dtype=np.int64)).to(labels.device)
+    row = torch.empty_like(order)
+    row[order] = torch.arange(len(order), device=labels.device)
+    return row[labels] - classifier.head.first
+
+
+@torch.no_grad()
+def _fold(classifier: Classifier, shift: Shift, frequency: np.ndarray) -> None:
+    head = classifier.head
+    own = slice(head.first, head.first + head.labels)
+    names = np.arange(own.start, own.stop) if classifier.label_order is None else classifier.label_order[own]
+    own_slopes = shift.slopes(frequency[names])
+    slopes, words = (torch.from_numpy(s).to(head.bias) for s in (own_slopes, shift.words_slopes(own_slopes)))
+    head.bias.mul_(slopes).add_(torch.from_numpy(shift.gains(frequency[names])).to(head.bias))
+    weights = head.get_buffer("weight")
+    inner = head.inner_fan_in if isinstance(head, FixedFanIn) else weights.shape[1]
+    for start in range(0, head.labels, _ROWS):
+        weight = weights[start : start + _ROWS]
+        for part, factor in ((weight[:, :inner], slopes), (weight[:, inner:], words)):
+            part.copy_((decode(part) * factor[start : start + _ROWS, None]).to(weight.dtype))

@@ -1,0 +1,130 @@
+"""The words that labels start with: the heaviest ones of the normalised centroid of each label's documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fanin.centroids import invert
+from fanin.data.tokens import TokenSet
+
+LIFT = {"bce": 8.0, "squared_hinge": 2.0}  # a start's logit for a document whose words are just a label's
+DOCUMENTS = 2**20  # training documents that words are taken from, at most
+MEMBERS = 256  # of a label's documents that its words are taken from, at most: a few words need no more
+_CHUNK = 2**16  # documents looked at together
+_CHOICE_STREAM = 0x30D5  # keeps the choice's random numbers apart from others of the same seed
+
+
+def choose_rows(documents: int, embedded: np.ndarray, held_out: np.ndarray, seed: int) -> np.ndarray:
+    """The rows that words are taken from: the embedded ones, which cover the labels, and others drawn at random, at most
+    `DOCUMENTS` together; none of those held out."""
+    other = np.ones(documents, bool)
+    other[embedded] = other[held_out] = False
+    rest = np.flatnonzero(other)
+    left = max(DOCUMENTS - len(embedded), 0)
+    if len(rest) > left:
+        rest = np.random.default_rng([seed, _CHOICE_STREAM]).choice(rest, left, replace=False)
+    return np.union1d(embedded, rest)
+
+
+class LabelWords:
+    """The words of `labels` labels in the training documents `rows` (ascending), of `width` V' there are."""
+
+    def __init__(self, tokens: TokenSet, rows: np.ndarray, labels: int, width: int) -> None:
+        self._tokens, self.width, self._rows = tokens, width, rows
+        position = np.full(len(tokens), -1, np.int32)
+        position[self._rows] = np.arange(len(self._rows), dtype=np.int32)
+        self._offsets, self._members = invert(tokens, position, labels)
+        frequency = np.zeros(width, np.int64)
+        for start in range(0, len(self._rows), _CHUNK):
+            _, token, _ = self._counts(self._rows[start : start + _CHUNK])
+            frequency += np.bincount(token, minlength=width)
+        self.idf = np.where(frequency > 0, np.log(max(len(self._rows), 1) / np.maximum(frequency, 1)), 0).astype(np.float32)
+
+    def of(self, labels: np.ndarray, count: int, group: int = 1) -> tuple[Tensor, Tensor]:
+        """labels [n], runs of `group` of which share words -> (index [ceil(n / G), count] int64, ascending, weight [n, count]).
+
+        Weights are of unit length in each row, or zero where a label has no document; a row with fewer words than `count`
+        is filled up with others, which weigh nothing.
+        """
+        parts = [self._of(part, count, group) for part in self._chunks(labels, group)]
+        return torch.cat([index for index, _ in parts]), torch.cat([weight for _, weight in parts])
+
+    def features(self, rows: np.ndarray) -> Tensor:
+        """Rows of the token set -> their lexical features [n, V']."""
+        document, token, value = self._features(rows)
+        out = torch.zeros(len(rows), self.width)
+        out[torch.from_numpy(document), torch.from_numpy(token)] = torch.from_numpy(value).float()
+        return out
+
+    def _chunks(self, labels: np.ndarray, group: int) -> Iterator[np.ndarray]:
+        """Whole groups of labels with about `_CHUNK` documents."""
+        members = np.minimum(np.diff(self._offsets)[labels], MEMBERS)
+        part = np.cumsum(np.add.reduceat(members, np.arange(0, len(labels), group))) // _CHUNK
+        begins = np.flatnonzero(np.diff(part, prepend=-1)) * group
+        return (labels[a:b] for a, b in zip(begins, [*begins[1:], len(labels)], strict=True))
+
+    def _of(self, labels: np.ndarray, count: int, group: int) -> tuple[Tensor, Tensor]:
+        n, groups = len(labels), -(-len(labels) // group)
+        label, token, value = self._centroids(labels)
+        # a group's words are those with the most energy in its labels' rows
+        keys, place = np.unique(label // group * self.width + token, return_inverse=True)
+        energy = np.bincount(place, value.astype(np.float64) ** 2, len(keys))
+        owner, word = keys // self.width, keys % self.width
+        order = np.lexsort((-energy, owner))
+        rank = np.arange(len(order)) - np.searchsorted(owner[order], owner[order])
+        best = np.sort(order[rank < count])
+        index = np.full((groups, count), -1, np.int64)
+        sizes = np.bincount(owner[best], minlength=groups)
+        column = np.arange(len(best)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        index[owner[best], column] = word[best]
+        for row in np.flatnonzero(sizes < count):
+            known = index[row, : sizes[row]]
+            index[row, sizes[row] :] = np.setdiff1d(np.arange(2 * count) + row % (self.width - 2 * count), known)[
+                : count - sizes[row]
+            ]
+        index.sort(axis=1)
+        weight = np.zeros((n, count), np.float32)
+        wanted = index + np.arange(groups)[:, None] * self.width
+        flat = wanted.ravel()
+        found = np.minimum(np.searchsorted(flat, label // group * self.width + token), len(flat) - 1)
+        kept = flat[found] == label // group * self.width + token
+        weight[label[kept], found[kept] % count] = value[kept]
+        weight /= np.maximum(np.linalg.norm(weight, axis=1, keepdims=True), 1e-12)
+        return torch.from_numpy(index), torch.from_numpy(weight)
+
+    def _centroids(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Entries (label's place, token, value) of unit length a label, in the order of label and token."""
+        begins, ends = self._offsets[labels], self._offsets[labels + 1]
+        sizes = np.minimum(ends - begins, MEMBERS)
+        label = np.repeat(np.arange(len(labels)), sizes)
+        place = np.arange(len(label)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        member = self._members[begins[label] + place * (ends - begins)[label] // np.maximum(sizes, 1)[label]]
+        documents, which = np.unique(member, return_inverse=True)
+        document, token, value = self._features(self._rows[documents])
+        first = np.searchsorted(document, np.arange(len(documents) + 1))
+        lengths = np.diff(first)[which]
+        entry = np.repeat(first[which] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+        keys, place = np.unique(np.repeat(label, lengths) * self.width + token[entry], return_inverse=True)
+        total = np.bincount(place, value[entry], len(keys))
+        label, token = keys // self.width, keys % self.width
+        norm = np.sqrt(np.bincount(label, total**2, len(labels)))
+        return label, token, (total / np.maximum(norm[label], 1e-12)).astype(np.float32)
+
+    def _features(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Entries (document's place, token, value) as `Lexical` makes them."""
+        document, token, count = self._counts(rows)
+        value = (1 + np.log(count)) * self.idf[token]
+        norm = np.sqrt(np.bincount(document, value**2, len(rows)))
+        return document, token, value / np.maximum(norm[document], 1e-12)
+
+    def _counts(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Entries (document's place, token, count), in that order."""
+        ids = self._tokens.ids(rows)
+        document = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
+        token = np.concatenate([*ids, np.empty(0, np.int64)]).astype(np.int64) % self.width
+        keys, count = np.unique(document * self.width + token, return_counts=True)
+        return keys // self.width, keys % self.width, count

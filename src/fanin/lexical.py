@@ -1,0 +1,47 @@
+"""Words as features of a sparse head, beside those of the encoder.
+
+A dense layer cannot read a vocabulary: every label would pay for every word. A label that reads a few features pays for
+those few. So the head reads, behind the encoder's D' features, V' of which nearly all are zero: the document's tokens,
+weighted by tf-idf, to unit length. The start from data gives each label its `head.lexical` heaviest words, those of the
+normalised centroid of its documents (Rocchio's classifier, cut off); training moves their weights as all others. Words rank
+well where names decide, embeddings where meaning does: XR-Transformer (Zhang et al., NeurIPS 2021) joins both for its
+rankers. Tokens are the encoder's own: no other tokeniser is needed, and nothing new in a request.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_INDICES = 2**16  # features that an index of two bytes can name
+
+
+def lexical_width(vocabulary: int, width: int) -> int:
+    """V', the lexical features behind `width` of the encoder's: the vocabulary, or fewer (tokens then share some) where the
+    head's indices would need more than two bytes."""
+    return min(vocabulary, max(_INDICES - width, _INDICES // 2))
+
+
+class Lexical(nn.Module):
+    """Token ids to the head's lexical features; `idf` [V'] is 0 for tokens that say nothing or were never seen."""
+
+    idf: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.register_buffer("idf", torch.zeros(width))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask [B, T] -> [B, V'], as `add_to`."""
+        out = self.idf.new_zeros(len(ids), self.width)
+        self.add_to(out, ids, mask)
+        return out
+
+    def add_to(self, out: Tensor, ids: Tensor, mask: Tensor) -> None:
+        """Add (1 + log count) idf of the tokens ids [B, T] under mask [B, T], to unit length, to `out` [B, V'], in place."""
+        ids, mask = ids % self.width, mask.to(out.dtype)
+        count = torch.zeros_like(out).scatter_add_(1, ids, mask).gather(1, ids).clamp_min_(1)
+        each = (1 + count.log()) * self.idf[ids] * mask / count  # a token that comes n times brings an nth each time
+        length = (each.square() * count).sum(1, keepdim=True).sqrt().clamp_min_(1e-12)
+        out.scatter_add_(1, ids, each / length)

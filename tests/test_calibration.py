@@ -1,0 +1,193 @@
+"""Calibration: that the fit finds what was put in, leaves alone what it cannot know, and is folded into the head exactly."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fanin import calibration
+from fanin.calibration import Shift, calibrate, fit
+from fanin.heads import STORED, Bottleneck, Dense, FixedFanIn
+from fanin.lexical import Lexical
+from fanin.ranks import ALONE
+
+LABELS, WIDTH, DOCUMENTS, VOCABULARY, WORDS = 60, 16, 300, 40, 3
+
+
+def candidates(documents: int, shift: Shift, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Logits whose chance to be right is the sigmoid of what `shift` makes of them."""
+    rng = np.random.default_rng(seed)
+    scores, words = rng.normal(-1, 2, (documents, 20)), rng.normal(0, 1, (documents, 20)) ** 2
+    frequency = np.round(np.exp(rng.uniform(0, 6, (documents, 20)))).astype(np.int64)
+    hits = rng.random((documents, 20)) < 1 / (1 + np.exp(-shift.apply(scores, words, frequency)))
+    return scores, words, frequency, hits
+
+
+def test_the_fit_finds_the_shift_that_there_is():
+    true = Shift(words=1.6, log_frequency=-0.3, rare=-2.0, slope=0.6, slope_log_frequency=0.14)
+    data = candidates(20_000, true)
+    found = fit(*data)
+    middle = true.slope + true.slope_log_frequency * np.log(data[2]).mean()  # a fit is known up to a factor of all logits
+    expected = [1 + (true.words - 1) / middle, *(value / middle for value in true[1:])]
+    np.testing.assert_allclose(found, expected, atol=0.06)
+
+
+def test_calibrated_logits_are_left_alone():
+    np.testing.assert_allclose(fit(*candidates(20_000, Shift())), Shift(), atol=0.06)
+
+
+def test_what_cannot_be_known_is_left_alone():
+    scores, words, frequency, hits = candidates(50, Shift())
+    assert fit(scores, words, frequency, np.zeros_like(hits)) == Shift()
+    assert fit(np.full_like(scores, 2.0), words, frequency, hits) == Shift()
+    assert fit(-scores, words, frequency, scores > 0) == Shift()  # the worst first: no shift mends that
+    alone = fit(scores, np.zeros_like(words), np.full_like(frequency, 7), hits)  # neither words nor frequencies to tell apart
+    assert (alone.words, alone.log_frequency, alone.rare, alone.slope_log_frequency) == (1, 0, 0, 0)
+
+
+def test_labels_that_were_never_candidates_do_not_count():
+    scores, words, frequency, hits = candidates(500, Shift(log_frequency=0.5))
+    wide = [np.concatenate([part, part[:, :3]], 1) for part in (scores, words, frequency, hits)]
+    wide[0][:, 20:] = -np.inf  # fewer labels than places
+    assert fit(*wide) == fit(scores, words, frequency, hits)
+
+
+def test_few_documents_move_little():
+    """With five documents the prior decides: a coefficient goes no further than a few of its standard deviations."""
+    found = fit(*candidates(5, Shift(rare=-50.0)))
+    assert -50 < found.rare < 0
+
+
+class _Tokens:
+    """Documents of three tokens each, with one to three labels."""
+
+    def __init__(self, labels: list[np.ndarray]) -> None:
+        rng = np.random.default_rng(3)
+        self._ids = rng.integers(0, VOCABULARY, (len(labels), 3))
+        self._labels = labels
+        self.lengths = np.full(len(labels), 3, np.int32)
+
+    def ids(self, rows):
+        return list(self._ids[rows])
+
+    def labels(self, rows):
+        return [self._labels[row] for row in rows]
+
+
+def classifier(kind: str, group: int, dtype: str, lexical: bool):
+    """What `calibrate` asks of a classifier: here a document's features are a function of its tokens."""
+    generator = torch.Generator().manual_seed(0)
+    words = Lexical(VOCABULARY) if lexical else None
+    if words is not None:
+        words.idf.uniform_(0.5, 3, generator=generator)
+    if kind == "dense":
+        head = Dense(LABELS, WIDTH, "bce", generator, dtype=STORED[dtype], rounding="kahan")
+    elif kind == "bottleneck":
+        head = Bottleneck(LABELS, WIDTH, 8, "bce", generator)
+    else:
+        extra = {"lexical": WORDS, "vocabulary": VOCABULARY} if lexical else {}
+        width, fan_in = WIDTH + VOCABULARY * lexical, 6 + WORDS * lexical
+        head = FixedFanIn(LABELS, width, fan_in, group, "bce", generator, dtype=STORED[dtype], rounding="kahan", **extra)
+        if lexical:
+            value = torch.rand(LABELS, WORDS, generator=generator) * 2
+            head.weight[:, 6:] = value.to(head.weight.dtype)
+    head.bias.uniform_(-3, -1, generator=generator)
+    table = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    order = np.random.default_rng(1).permutation(LABELS) if group > 1 else None
+
+    def features(ids, mask):
+        inner = (table[ids] * mask[:, :, None]).sum(1)
+        return inner if words is None else torch.cat([inner, words(ids, mask)], 1)
+
+    def topk(ids, mask, k):
+        scores, rows = head.topk(features(ids, mask), k)
+        return scores, rows if order is None else torch.from_numpy(order)[rows]
+
+    own = SimpleNamespace(head=head, lexical=words, label_order=order, ranks=ALONE, device=torch.device("cpu"), labels=LABELS)
+    own.topk, own.features, own.training = topk, features, False
+    own.eval = lambda: own
+    own.train = lambda mode: own
+    own.tokenizer = SimpleNamespace(pad_token_id=0)
+    return own
+
+
+@pytest.mark.parametrize("lexical", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "group", "dtype"),
+    [
+        ("fixed", 1, "fp32"),
+        ("fixed", 4, "fp32"),
+        ("fixed", 1, "bf16"),
+        ("fixed", 4, "fp8"),
+        ("dense", 1, "fp32"),
+        ("bottleneck", 1, "fp32"),
+    ],
+)
+def test_the_head_gives_the_shifted_logits(monkeypatch, kind, group, dtype, lexical):
+    if lexical and kind != "fixed":
+        pytest.skip("reads no words")
+    rng = np.random.default_rng(0)
+    tokens = _Tokens([np.unique(rng.integers(0, LABELS, rng.integers(1, 4))).astype(np.int32) for _ in range(DOCUMENTS)])
+    frequency = rng.integers(0, 200, LABELS)
+    own = classifier(kind, group, dtype, lexical)
+    rows = np.arange(40, DOCUMENTS)
+    ids = torch.from_numpy(tokens._ids[:40])
+    mask = torch.ones_like(ids)
+    x = own.features(ids, mask)
+    before = own.head.logits(x, 0, LABELS).numpy()
+    silent = x.clone()
+    silent[:, WIDTH:] = 0
+    words = before - own.head.logits(silent, 0, LABELS).numpy()
+    shift = Shift(words=1.4, log_frequency=-0.2, rare=-1.5, slope=0.8, slope_log_frequency=0.05)
+    asked = {}
+    monkeypatch.setattr(calibration, "fit", lambda *given: asked.update(given=given) or shift)
+
+    found = calibrate(own, tokens, rows, frequency)
+
+    names = np.arange(LABELS) if own.label_order is None else own.label_order
+    expected = shift.apply(before.astype(np.float64), words.astype(np.float64), frequency[names][None].repeat(40, 0))
+    tolerance = {"fp32": 1e-4, "bf16": 0.05, "fp8": 0.6}[dtype]
+    np.testing.assert_allclose(own.head.logits(x, 0, LABELS).numpy(), expected, atol=tolerance)
+    assert found["words"] == 1.4
+    scores, part, own_frequency, hits = asked["given"]
+    assert scores.shape == (260, calibration.CANDIDATES)
+    assert hits.sum() > 0
+    assert part.any() == lexical
+    # the part of words is that of the very candidates
+    labels = own.topk(torch.from_numpy(tokens._ids[rows]), torch.ones(260, 3, dtype=torch.int64), 1)[1]
+    assert own_frequency.shape == labels.expand(-1, calibration.CANDIDATES).shape
+
+
+def test_words_part_is_that_of_the_candidates():
+    rng = np.random.default_rng(0)
+    tokens = _Tokens([np.array([0], np.int32)] * DOCUMENTS)
+    for group in (1, 4):
+        own = classifier("fixed", group, "fp32", True)
+        rows = np.arange(DOCUMENTS)
+        labels = rng.integers(0, LABELS, (DOCUMENTS, 5))
+        ids = torch.from_numpy(tokens._ids)
+        x = own.features(ids, torch.ones_like(ids))
+        x[:, :WIDTH] = 0
+        names = np.arange(LABELS) if own.label_order is None else own.label_order
+        all_words = np.empty((DOCUMENTS, LABELS), np.float32)
+        all_words[:, names] = (own.head.logits(x, 0, LABELS) - own.head.bias).numpy()
+        expected = np.take_along_axis(all_words, labels, 1)
+        np.testing.assert_allclose(calibration._words_part(own, tokens, rows, labels), expected, atol=1e-5)
+
+
+def test_rare_labels_that_promise_too_much_are_put_in_their_place():
+    """Ranked by logits alone, labels of one document push out the right ones; calibrated on some documents, others gain."""
+    rng = np.random.default_rng(2)
+    frequency = np.where(np.arange(LABELS) < 30, 1, 100)
+    right = rng.integers(30, LABELS, 2000)
+    scores = rng.normal(0, 1, (2000, LABELS)) + 3 * (frequency == 1)
+    scores[np.arange(2000), right] += 3
+    hits = np.arange(LABELS)[None] == right[:, None]
+    every = frequency[None].repeat(2000, 0)
+    shift = fit(scores[:1000], np.zeros((1000, LABELS)), every[:1000], hits[:1000])
+    after = shift.apply(scores[1000:], np.zeros((1000, LABELS)), every[1000:])
+    assert (scores[1000:].argmax(1) == right[1000:]).mean() < 0.3
+    assert (after.argmax(1) == right[1000:]).mean() > 0.7
