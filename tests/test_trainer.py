@@ -10,6 +10,7 @@ import signal
 import socket
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
