@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fanin import label_words
+from fanin import kernels, label_words
 from fanin.clusters import build_clusters
 from fanin.config import Config, Head, check
 from fanin.data.tokens import TokenSet, vocabulary_size
@@ -173,6 +173,66 @@ def test_indices_that_mix_words_and_features_are_refused():
     state["index"].numpy()[5, 6:] = [30, 31, 32]
     with pytest.raises(InputError, match=r"start\.file: index row 5 holds 21, outside 0\.\.19"):
         own.load_model_state(state, "start.file")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("batch", [1, 40, 130])
+def test_a_step_leaves_the_gradient_of_words_out_and_nothing_else(backend, group, batch):
+    """As a layer whose features are all learnt: the same weights, and dx of the encoder's features alone."""
+    try:
+        kernels.backend(backend)
+    except kernels.Unavailable as reason:
+        pytest.skip(str(reason))
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 70, generator=generator)
+    x[:, 20:] *= torch.rand(batch, 50, generator=generator) < 0.1 / batch**0.5  # some words are in no document
+    positives = Positives(torch.tensor([1, 1, 30]), torch.tensor([0, batch - 1, 0])) if batch > 1 else _one(3)
+    update = kernels.Update(lr=0.5, momentum=0.9, weight_decay=0.01, scale=0.5)
+    found = []
+    for learnt in (None, 20):
+        own = head(group, labels=42)
+        own.weight[:, 6:] = torch.rand(42, WORDS, generator=torch.Generator().manual_seed(2))
+        own.index[:, 6:] = (
+            (torch.rand(len(own.index), 50, generator=torch.Generator().manual_seed(3)).topk(WORDS).indices + 20)
+            .sort(dim=1)
+            .values.to(own.index.dtype)
+        )
+        own.prepare_training(0.9)
+        layer = dataclasses.replace(own.layer(), learnt=learnt)
+        for _ in range(2):
+            dx, loss = kernels.backend(backend).step(x, layer, *positives, update, "bce", True)
+        found.append((dx[:, :20], loss, own.weight, own.bias, own.momentum, own.bias_momentum))
+        assert dx.shape == (batch, learnt or 70)
+    for whole, part in zip(*found, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_step_with_words_has_the_same_bits_with_any_number_of_threads(group):
+    try:
+        kernels.backend("cpu")
+    except kernels.Unavailable as reason:
+        pytest.skip(str(reason))
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            own = head(group, labels=9000)
+            own.prepare_training(0.9)
+            x = torch.randn(70, 70, generator=torch.Generator().manual_seed(1))
+            x[:, 20:] *= torch.rand(70, 50, generator=torch.Generator().manual_seed(2)) < 0.02
+            dx, _ = own.step(x, Positives(torch.tensor([1, 1, 8000]), torch.tensor([0, 5, 3])), lr=0.5, momentum=0.9)
+            found.append((dx, own.weight.clone(), own.bias.clone()))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+def _one(label: int) -> Positives:
+    return Positives(torch.tensor([label]), torch.tensor([0]))
 
 
 # end to end ----------------------------------------------------------------------------------------------------------

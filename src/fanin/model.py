@@ -210,6 +210,8 @@ class Classifier(nn.Module):
         if (None if idf is None else idf.shape) != (None if words is None else words.shape):
             raise InputError(f"{source}: its words and head.lexical do not agree; rerun the stage that writes it")
         if words is not None and idf is not None:
+            if not idf.isfinite().all():
+                raise InputError(f"{source}: {_IDF} holds NaN or infinite values; rerun the stage that writes it")
             words.copy_(idf)
         own = {key.removeprefix("intermediate."): value for key, value in state.items() if key.startswith("intermediate.")}
         self.head.load_model_state({k: v for k, v in state.items() if not k.startswith("intermediate.")}, source)

@@ -220,8 +220,6 @@ class Trainer:
                 reason = f"the encoder's output is not finite ({error}; rows {batch.rows[:3].tolist()}... of train.arrow)"
                 self._skip(1, reason)
                 continue
-            if classifier.lexical is not None:  # from words the head learns, but not the encoder
-                dx = dx[:, : -classifier.lexical.width].contiguous()
             dx = ranks.scatter_sum(dx.mul_((1 - coefficient) * share))
             if features is not None:
                 outputs: list[Tensor] = [features]

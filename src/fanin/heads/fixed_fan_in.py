@@ -113,6 +113,7 @@ class FixedFanIn(Head):
             bias_momentum=self.bias_momentum,
             compensation=self.compensation,
             first=self.first,
+            learnt=self.inner,
         )
 
     def _kernels(self) -> Backend:

@@ -23,7 +23,7 @@ class Bag(Reference):
         gathered, blocks = _gathered(xt, index), _blocks(weight, group)
         return torch.bmm(blocks, gathered).flatten(0, 1)[: len(weight)]
 
-    def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int) -> int:
+    def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int, learnt: int | None = None) -> int:
         whole = self.chunk(group, batch)
         chunk = min(whole, labels)
         vectors, logits = 8 * batch * features, 4 * chunk * batch

@@ -37,6 +37,7 @@ class Layer:
     bias_momentum [L] float32, compensation [L, K] bfloat16 (Kahan summation instead of stochastic rounding).
     first: the number of the first label in the whole layer, so that random numbers do not depend on how it was cut; every
     other label number is counted from the layer's (or the part's) own first row.
+    learnt: features from this number on are given, not learnt (words): `step` returns dx of those before it alone.
     """
 
     weight: Tensor
@@ -47,6 +48,7 @@ class Layer:
     bias_momentum: Tensor | None = None
     compensation: Tensor | None = None
     first: int = 0
+    learnt: int | None = None
 
     @property
     def labels(self) -> int:
@@ -147,8 +149,8 @@ class Backend(ABC):
         """Forward, backward and update in one pass over the labels.
 
         x [B, D]; (labels, documents) [P] int64 are the positives, each once, sorted by label.
-        Returns dx [B, D] like x, taken with the weights from before the update and not scaled, and, if `want_loss`, the
-        loss [] float64, summed over labels and documents. `layer` is updated in place.
+        Returns dx [B, D] like x (or [B, layer.learnt]), taken with the weights from before the update and not scaled, and,
+        if `want_loss`, the loss [] float64, summed over labels and documents. `layer` is updated in place.
         """
 
     @abstractmethod
@@ -162,7 +164,7 @@ class Backend(ABC):
         """g = dL/dz [B, L] -> (dL/dx [B, D], dL/dweight [L, K]) in x's type; None for what is not needed."""
 
     @abstractmethod
-    def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int) -> int:
+    def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int, learnt: int | None = None) -> int:
         """What `step` allocates at its highest, beside what it is given: for the memory plan."""
 
     @abstractmethod

@@ -44,7 +44,7 @@ class Reference(Backend):
         size = min(max((2**18 if device == "cpu" else 2**24) // max(batch, 1), 256), 2**16)
         return -(-size // group) * group
 
-    def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int) -> int:
+    def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int, learnt: int | None = None) -> int:
         chunk = min(self.chunk(group, batch), labels)
         gathered = 8 * chunk * fan_in * (batch + 1)  # twice for an instant, and the rows' int64 indices
         return 4 * (2 * batch * features + chunk * batch) + gathered
@@ -77,7 +77,7 @@ class Reference(Backend):
             if part.bias is not None:
                 update.apply(part.bias, z.sum(1), part.bias_momentum, decay=False)
         total = torch.stack([value.double() for value in losses if value is not None]).sum() if want_loss else None
-        return dxt.t().contiguous().to(x.dtype), total
+        return dxt[: layer.learnt].t().contiguous().to(x.dtype), total
 
     def logits(self, x: Tensor, layer: Layer) -> Tensor:
         xt = _transposed(x, layer)

@@ -162,7 +162,7 @@ def predict(
     waiting = _FLOAT * trained if config.train.accumulation > 1 else 0  # gradients of earlier micro-batches
     gradients = _FLOAT * (trained + meta * (width + 1))
     gathered = 3 * _FLOAT * batch * features if ranks > 1 else 0  # all ranks' x, as it comes and in order, and dx
-    step = step_buffers(head, labels, features, batch, device) + gathered
+    step = step_buffers(head, labels, features, batch, device, features - inner) + gathered
     # fused in float32: none; below it a chunk in float32 with its noise
     updating = 0 if moments == _FLOAT else 7 * _FLOAT * min(CHUNK, encoder.vocabulary * encoder.hidden)
     phases = {
@@ -217,11 +217,18 @@ def head_bytes(head: HeadSettings, labels: int, features: int, *, momentum: bool
     }
 
 
-def step_buffers(head: HeadSettings, labels: int, features: int, batch: int, device: str = "cpu") -> int:
-    """What `heads.Head.step` allocates at its highest."""
+def step_buffers(head: HeadSettings, labels: int, features: int, batch: int, device: str = "cpu", words: int = 0) -> int:
+    """What `heads.Head.step` allocates at its highest; words: how many of the features those are."""
     if head.kind == "fixed_fan_in":
         step = kernels.step_bytes(
-            head.backend, device, labels=labels, features=features, fan_in=head.fan_in, group=head.group, batch=batch
+            head.backend,
+            device,
+            labels=labels,
+            features=features,
+            fan_in=head.fan_in,
+            group=head.group,
+            batch=batch,
+            learnt=features - words,
         )
         checked = min(-(-labels // head.group) * head.fan_in, 2**22)  # indices at once, before the first step with them
         return max(step, 4 * checked)

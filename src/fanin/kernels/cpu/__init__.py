@@ -29,8 +29,8 @@ class _Job(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("mode", "threads", "labels", "features", "fan_in", "group", "batch")),
-        *((name, ctypes.c_int64) for name in ("first", "slices", "tile")),
-        *((name, ctypes.c_void_p) for name in ("x", "dx", "weight")),
+        *((name, ctypes.c_int64) for name in ("first", "slices", "tile", "learnt")),
+        *((name, ctypes.c_void_p) for name in ("x", "dx", "present", "weight")),
         ("weight_type", ctypes.c_int64),
         ("index", ctypes.c_void_p),
         ("index_type", ctypes.c_int64),
@@ -68,7 +68,11 @@ class Cpu(Backend):
         check_positives(labels, documents, layer.labels, len(x), x.device, values=True)
         panels = _panels(x)
         job = _job("step", len(x), x.shape[1], layer, panels)
-        dx = torch.empty(job.slices, panels.numel())
+        dx = torch.empty(job.slices, panels.numel() // x.shape[1] * job.learnt)
+        if layer.group == 1 and job.learnt < x.shape[1]:
+            present = torch.ones(x.shape[1], dtype=torch.bool)
+            torch.any(x[:, job.learnt :], dim=0, out=present[job.learnt :])
+            job.present = _address(present)
         losses = torch.empty(job.slices, dtype=torch.float64) if want_loss else None
         job.dx, job.losses = _address(dx), _address(losses)
         job.momentum, job.momentum_type = _address(layer.momentum), _type(layer.momentum)
@@ -79,11 +83,14 @@ class Cpu(Backend):
         job.decay, job.scale = update.weight_decay, update.scale
         job.weight_seed, job.momentum_seed = update.seeds()
         self._run(job)
-        return _rows(dx[0], x), None if losses is None else losses.sum()
+        return _rows(dx[0], x[:, : job.learnt]), None if losses is None else losses.sum()
 
-    def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int) -> int:
-        panels = -(-batch // _LANES) * _LANES * features
-        return 4 * (panels * (1 + _slices(labels, panels) + 1) + batch * features)
+    def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int, learnt: int | None = None) -> int:
+        learnt = features if learnt is None else learnt
+        rows = -(-batch // _LANES) * _LANES
+        panels = rows * learnt
+        turned = rows * (features - learnt)
+        return 4 * (panels * (1 + _slices(labels, panels) + 1) + batch * learnt + turned)
 
     def logits(self, x: Tensor, layer: Layer) -> Tensor:
         check_layer(x, layer)
@@ -168,8 +175,9 @@ class Cpu(Backend):
 
 def _job(mode: str, batch: int, features: int, layer: Layer, panels: Tensor, tile: int | None = None) -> _Job:
     tile = tile or layer.group
-    with_dx = mode in ("step", "gradients")
-    slices = _slices(layer.labels, panels.numel() if with_dx else 0)
+    learnt = layer.learnt if layer.learnt is not None and mode == "step" else features
+    size = panels.numel() // features * learnt if mode in ("step", "gradients") else 0
+    slices = _slices(layer.labels, size)
     return _Job(
         mode=_MODES[mode],
         threads=torch.get_num_threads(),
@@ -181,6 +189,7 @@ def _job(mode: str, batch: int, features: int, layer: Layer, panels: Tensor, til
         first=layer.first,
         slices=min(slices, -(-layer.labels // tile)),
         tile=tile,
+        learnt=learnt,
         x=_address(panels),
         weight=_address(layer.weight),
         weight_type=_TYPES[layer.weight.dtype],

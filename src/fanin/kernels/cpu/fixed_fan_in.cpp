@@ -211,8 +211,10 @@ inline uint16_t to_bfloat16_nearest(float value) {
 struct Job {
     int64_t mode, threads;
     int64_t labels, features, fan_in, group, batch, first, slices, tile;
-    const float* x;  // panels
-    float* dx;       // [slices][like x], zeros; null where not wanted
+    int64_t learnt;          // features, the first ones, that dx is wanted of
+    const float* x;          // panels
+    float* dx;               // [slices][like x, of the learnt features]; null where not wanted
+    const uint8_t* present;  // [features], 0 where STEP may pass by a feature: all zero, and not learnt; null: none (G = 1)
     void* weight;
     int64_t weight_type;
     const void* index;
@@ -392,7 +394,8 @@ void single_logits(const float* x, const int32_t* index, const float* weight, in
 }
 
 template <int NV, bool DX, bool DW>
-void single_gradients(const float* x, float* dx, const int32_t* index, const float* weight, int64_t n, const float* z, float* dw) {
+void single_gradients(
+    const float* x, float* dx, int64_t learnt, const int32_t* index, const float* weight, int64_t n, const float* z, float* dw) {
     vf g[NV];
     for (int v = 0; v < NV; v++) g[v] = load(z + v * LANES);
     for (int64_t k = 0; k < n; k += LANES) {
@@ -405,7 +408,7 @@ void single_gradients(const float* x, float* dx, const int32_t* index, const flo
                 for (int v = 1; v < NV; v++) sum += g[v] * load(x + row + v * LANES);
                 sums[j] = sum;
             }
-            if (DX)
+            if (DX && index[k + j] < learnt)
                 for (int v = 0; v < NV; v++) {
                     float* to = dx + row + v * LANES;
                     save(to, load(to) + weight[k + j] * g[v]);
@@ -492,6 +495,10 @@ struct Scratch {
     int64_t stride;  // K rounded up to whole vectors
     Lines weight, dweight, turned, z, dbias, dense, best;
     std::vector<int32_t> index;
+    // a label's entries whose features are present, where some are not
+    Lines own_weight, own_dweight;
+    std::vector<int32_t> own_index, place;
+    int64_t own = 0;
 
     explicit Scratch(const Job& job) : stride((job.fan_in + LANES - 1) / LANES * LANES) {
         weight.assign(job.group * stride, 0.0f);
@@ -500,6 +507,10 @@ struct Scratch {
         z.assign(job.group * PANEL, 0.0f);
         dbias.assign(job.group, 0.0f);
         if (job.group > 1) turned.assign(PANEL * stride, 0.0f);
+        if (job.present) {
+            own_weight.assign(stride, 0.0f), own_dweight.assign(stride, 0.0f);
+            own_index.assign(stride, 0), place.assign(stride, 0);
+        }
         if (job.mode == CANDIDATES) {
             dense.assign(job.group * ((job.features + LANES - 1) / LANES * LANES), 0.0f);
             best.assign(job.count, 0.0f);
@@ -554,6 +565,11 @@ void group_input(const Job& job, Scratch& s, float* dx, int64_t members) {
             block_input<NV, rows, w>(dx, &s.index[k], &s.weight[k], s.stride, members, s.z.data(), at);
         });
     };
+    if (job.learnt < job.features) {
+        for (int64_t k = 0; k < job.fan_in; k++)
+            if (s.index[k] < job.learnt) block(std::integral_constant<int, 1>(), k);
+        return;
+    }
     int64_t k = 0;
     for (; k + 4 <= job.fan_in; k += 4) block(std::integral_constant<int, 4>(), k);
     for (; k < job.fan_in; k++) block(std::integral_constant<int, 1>(), k);
@@ -602,8 +618,12 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
     const int64_t column = number * PANEL, offset = column * job.features;
     const int64_t width = job.batch - column < NV * LANES ? job.batch - column : NV * LANES;
     const float* x = job.x + offset;
-    float* dx = slice_dx ? slice_dx + offset : nullptr;
+    float* dx = slice_dx ? slice_dx + column * job.learnt : nullptr;
     const bool grouped = job.group > 1;
+    const int32_t* index = job.present ? s.own_index.data() : s.index.data();
+    const float* weight = job.present ? s.own_weight.data() : s.weight.data();
+    float* dweight = job.present ? s.own_dweight.data() : s.dweight.data();
+    const int64_t n = job.present ? s.own : job.fan_in;
     if (job.mode == GRADIENTS) {
         for (int64_t l = 0; l < members; l++) {
             std::memcpy(&s.z[l * PANEL], job.z + (label + l) * job.batch + column, width * sizeof(float));
@@ -612,7 +632,7 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
     } else if (grouped) {
         group_logits<NV>(job, s, x, members, job.bias ? job.bias + label : nullptr);
     } else {
-        single_logits<NV>(x, s.index.data(), s.weight.data(), job.fan_in, job.bias ? job.bias[label] : 0.0f, s.z.data());
+        single_logits<NV>(x, index, weight, n, job.bias ? job.bias[label] : 0.0f, s.z.data());
     }
     double loss = 0;
     if (job.mode == LOGITS) {
@@ -652,11 +672,11 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
         if (dw) group_weight<NV>(s, x, members);
         if (dx) group_input<NV>(job, s, dx, members);
     } else if (dw && dx) {
-        single_gradients<NV, true, true>(x, dx, s.index.data(), s.weight.data(), job.fan_in, s.z.data(), s.dweight.data());
+        single_gradients<NV, true, true>(x, dx, job.learnt, index, weight, n, s.z.data(), dweight);
     } else if (dw) {
-        single_gradients<NV, false, true>(x, dx, s.index.data(), s.weight.data(), job.fan_in, s.z.data(), s.dweight.data());
+        single_gradients<NV, false, true>(x, dx, job.learnt, index, weight, n, s.z.data(), dweight);
     } else {
-        single_gradients<NV, true, false>(x, dx, s.index.data(), s.weight.data(), job.fan_in, s.z.data(), s.dweight.data());
+        single_gradients<NV, true, false>(x, dx, job.learnt, index, weight, n, s.z.data(), dweight);
     }
     return loss;
 }
@@ -665,8 +685,8 @@ void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const 
     const int64_t begin = slice ? stop_of(job, slice - 1) : 0, end = stop_of(job, slice), n = job.fan_in;
     const int64_t padded = (job.batch + LINE - 1) / LINE * LINE, panels = (padded + PANEL - 1) / PANEL;
     const int64_t padded_features = (job.features + LANES - 1) / LANES * LANES;
-    float* dx = job.dx ? job.dx + slice * padded * job.features : nullptr;
-    if (dx) std::memset(dx, 0, padded * job.features * sizeof(float));
+    float* dx = job.dx ? job.dx + slice * padded * job.learnt : nullptr;
+    if (dx) std::memset(dx, 0, padded * job.learnt * sizeof(float));
     if (job.mode == MAXIMA)
         for (int64_t t = begin / job.tile; t * job.tile < end; t++)
             for (int64_t b = 0; b < job.batch; b++) job.z[t * job.batch + b] = -std::numeric_limits<float>::infinity();
@@ -701,6 +721,13 @@ void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const 
         s.dbias.assign(job.group, 0.0f);
         if (job.mode == CANDIDATES) s.dense.assign(job.group * padded_features, 0.0f);
         if (job.mode == STEP || job.dweight) std::memset(s.dweight.data(), 0, members * s.stride * sizeof(float));
+        if (job.present) {
+            s.own = 0;
+            for (int64_t k = 0; k < n; k++)
+                if (job.present[s.index[k]])
+                    s.own_index[s.own] = s.index[k], s.own_weight[s.own] = s.weight[k], s.place[s.own++] = int32_t(k);
+            std::memset(s.own_dweight.data(), 0, s.own * sizeof(float));
+        }
         for (int64_t p = 0; p < panels; p++) {
             const int64_t lines = (padded - p * PANEL) / LINE;
             constexpr int NV = LINE / LANES;  // of a line
@@ -709,6 +736,7 @@ void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const 
             else if (lines == 2) loss += panel<2 * NV>(job, s, p, label, members, dx, positives.data());
             else loss += panel<NV>(job, s, p, label, members, dx, positives.data());
         }
+        for (int64_t k = 0; job.present && k < s.own; k++) s.dweight[s.place[k]] = s.own_dweight[k];
         if (job.mode == CANDIDATES) choose_candidates(job, s, members, job.candidates + label / job.group * job.count);
         for (int64_t l = 0; l < members; l += rows) {
             if (job.mode == STEP) update_rows(job, label + l, rows, &s.weight[l * s.stride], &s.dweight[l * s.stride]);
@@ -737,7 +765,7 @@ extern "C" void fanin_run(const Job* given) {
         for (int64_t slice = 0; slice < job.slices; slice++) run_slice(job, scratch, slice, end_of_slice);
     }
     if (!job.dx) return;
-    const int64_t size = (job.batch + LINE - 1) / LINE * LINE * job.features;
+    const int64_t size = (job.batch + LINE - 1) / LINE * LINE * job.learnt;
     constexpr int64_t RUN = 32 * LINE;  // lines in a row of one slice, then of the next: prefetching follows few streams
 #pragma omp parallel for num_threads(job.threads) schedule(static)
     for (int64_t begin = 0; begin < size; begin += RUN)

@@ -92,9 +92,9 @@ class Triton(Backend):
                 self._run_grouped(job, part, "SLOPES", **own)
                 self._run_backward(job, part, g, dx, None, update)
             dx.add(part, g, old)
-        return dx.total(), None if losses is None else losses.sum(dtype=torch.float64)
+        return dx.total()[:, : layer.learnt], None if losses is None else losses.sum(dtype=torch.float64)
 
-    def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int) -> int:
+    def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int, learnt: int | None = None) -> int:
         return Plan(labels, features, fan_in, group, batch).step_bytes(self.scratch_bytes)
 
     def logits(self, x: Tensor, layer: Layer) -> Tensor:

@@ -135,6 +135,6 @@ class Plan:
         return self.order_bytes() + max(own, SORTING_BYTES * entries)
 
 
-def step_bytes(*, labels: int, features: int, fan_in: int, group: int, batch: int) -> int:
+def step_bytes(*, labels: int, features: int, fan_in: int, group: int, batch: int, learnt: int | None = None) -> int:
     """Backend.step_bytes of the `triton` backend, also where there is no GPU; with float32 arithmetic, which takes most."""
     return Plan(labels, features, fan_in, group, batch).step_bytes()
