@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from fanin.kernels import Layer, Update
+from fanin.kernels import Backend, Layer, Update
 from fanin.kernels.reference import Reference
 
 BF16, FP8, FP32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
@@ -141,3 +141,19 @@ def check_rest(backend, device, shape, *, weights=FP32, counts=(1, 5), halves=Tr
         torch.testing.assert_close(scores.cpu(), highest, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.cpu().gather(1, labels.cpu()), highest, rtol=1e-4, atol=1e-5)
         assert all(len(row.unique()) == count for row in labels.cpu())
+
+
+def check_given_features(backend: Backend, device: str, shape: tuple[int, ...]) -> None:
+    """A step leaves the gradient of features that are given, not learnt, out of dx, and does nothing else otherwise."""
+    layer, x, labels, documents = case(*shape, momentum=FP32)
+    learnt = shape[1] // 2
+    found = []
+    for limit in (None, learnt):
+        own = dataclasses.replace(clone(layer, device), learnt=limit)
+        dx, loss = backend.step(
+            x.to(device), own, labels.to(device), documents.to(device), Update(lr=0.1, momentum=0.9), want_loss=True
+        )
+        assert dx.shape == (len(x), limit or x.shape[1])
+        found.append((dx[:, :learnt], loss, own.weight, own.bias, own.momentum))
+    for whole, part in zip(*found, strict=True):
+        assert torch.equal(whole, part)

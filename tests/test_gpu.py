@@ -15,7 +15,7 @@ from fanin.kernels.reference import Reference
 from fanin.kernels.triton import Triton
 from fanin.objectives import Positives
 from fanin.rewiring import Schedule
-from layer_cases import BF16, FP8, FP32, case, check_rest, check_step, clone, error
+from layer_cases import BF16, FP8, FP32, case, check_given_features, check_rest, check_step, clone, error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 # labels, width, fan-in, batch, group: all configurations of blocks, ragged sizes, several chunks of labels and of documents
@@ -106,6 +106,11 @@ def test_the_same_bits_twice(backend, shape):
         results.append([value.cpu() for value in (dx, loss, layer.weight.float(), layer.momentum, layer.bias)])
     assert all(torch.isfinite(value).all() for value in results[0])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(3000, 1000, 32, 64, 1), (3000, 1000, 64, 64, 16)])
+def test_features_that_are_given(backend, shape):
+    check_given_features(backend, "cuda", shape)
 
 
 @pytest.mark.parametrize("group", [1, 16])

@@ -15,7 +15,7 @@ import sys
 import pytest
 import torch
 
-from layer_cases import BF16, FP8, FP32, case, check_rest, check_step, clone, error
+from layer_cases import BF16, FP8, FP32, case, check_given_features, check_rest, check_step, clone, error
 
 pytest.importorskip("triton", reason="Triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -159,6 +159,12 @@ def test_a_wide_index(backend):
     check_step(Triton(deterministic=False), "cpu", (40, 70000, 5, 3, 1), steps=1)
     check_step(backend, "cpu", (40, 30, 5, 3, 1), steps=1, wide=True)
     check_step(backend, "cpu", (40, 30, 5, 3, 4), steps=1, wide=True)
+
+
+@inside
+@pytest.mark.parametrize("shape", [(35, 100, 32, 5, 1), (37, 48, 8, 5, 16)])
+def test_features_that_are_given(backend, shape):
+    check_given_features(backend, "cpu", shape)
 
 
 @inside
