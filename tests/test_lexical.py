@@ -111,6 +111,17 @@ def test_a_label_reads_the_heaviest_words_of_its_documents(tokens, monkeypatch, 
     assert not weight[labels == 25].any()
 
 
+def test_labels_with_fewer_words_than_they_may_read_are_filled_up(tmp_path):
+    """Also where the vocabulary is hardly larger than what a label reads."""
+    tokens = tiny_token_set(tmp_path / "train.arrow", documents=4, labels=6)
+    for width in (10, VOCABULARY):
+        index, weight = LabelWords(tokens, np.array([0]), 6, width).of(np.arange(6), 8)
+        assert (index[:, 1:] > index[:, :-1]).all()
+        assert index.min() >= 0
+        assert index.max() < width
+        assert torch.isfinite(weight).all()
+
+
 def test_words_come_from_all_training_documents_or_from_many(monkeypatch):
     embedded, held_out = np.array([3, 8, 20]), np.array([4, 9])
     every = label_words.choose_rows(40, embedded, held_out, seed=1)

@@ -81,11 +81,10 @@ class LabelWords:
         sizes = np.bincount(owner[best], minlength=groups)
         column = np.arange(len(best)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         index[owner[best], column] = word[best]
+        some = np.arange(min(2 * count, self.width))
         for row in np.flatnonzero(sizes < count):
-            known = index[row, : sizes[row]]
-            index[row, sizes[row] :] = np.setdiff1d(np.arange(2 * count) + row % (self.width - 2 * count), known)[
-                : count - sizes[row]
-            ]
+            other = np.setdiff1d((some + row) % self.width, index[row, : sizes[row]])
+            index[row, sizes[row] :] = other[: count - sizes[row]]
         index.sort(axis=1)
         weight = np.zeros((n, count), np.float32)
         wanted = index + np.arange(groups)[:, None] * self.width
