@@ -107,6 +107,7 @@ def classifier(kind: str, group: int, dtype: str, lexical: bool):
         return scores, rows if order is None else torch.from_numpy(order)[rows]
 
     own = SimpleNamespace(head=head, lexical=words, label_order=order, ranks=ALONE, device=torch.device("cpu"), labels=LABELS)
+    own.label_rows = None if order is None else np.argsort(order)
     own.topk, own.features, own.training = topk, features, False
     own.eval = lambda: own
     own.train = lambda mode: own

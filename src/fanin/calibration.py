@@ -20,7 +20,7 @@ from torch import Tensor
 from fanin.data.batches import collate
 from fanin.data.tokens import TokenSet
 from fanin.heads import FixedFanIn
-from fanin.kernels.layer import decode
+from fanin.kernels.layer import decode, raw
 from fanin.metrics import csr, match, precision
 from fanin.model import Classifier
 from fanin.retrieval import rank
@@ -157,19 +157,14 @@ def _words_part(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, labe
 
 
 def _take(tensor: Tensor, rows: Tensor) -> Tensor:
-    """tensor[rows], also of types that have no such operation."""
-    bits = tensor.view({1: torch.uint8, 2: torch.int16}.get(tensor.itemsize, tensor.dtype))
-    return bits[rows].view(tensor.dtype)
+    """tensor[rows], of any type."""
+    return raw(tensor)[rows].view(tensor.dtype)
 
 
 def _rows_of(classifier: Classifier, labels: Tensor) -> Tensor:
     """The rows of this rank's head that label ids are, outside 0..labels-1 where they are others'."""
-    if classifier.label_order is None:
-        return labels - classifier.head.first
-    order = torch.from_numpy(np.array(classifier.label_order, dtype=np.int64)).to(labels.device)
-    row = torch.empty_like(order)
-    row[order] = torch.arange(len(order), device=labels.device)
-    return row[labels] - classifier.head.first
+    rows = classifier.label_rows
+    return (labels if rows is None else torch.from_numpy(rows).to(labels.device)[labels]) - classifier.head.first
 
 
 @torch.no_grad()

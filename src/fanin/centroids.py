@@ -75,9 +75,7 @@ def load_label_documents(tokens_folder: str | Path, embeddings_folder: str | Pat
     trained = np.ones(len(tokens), bool)
     trained[held_out] = False
 
-    frequency = np.zeros(labels, np.int64)
-    for document, label in tokens.label_pairs():
-        frequency += np.bincount(label[trained[document]], minlength=labels)
+    frequency = tokens.label_frequency(np.flatnonzero(trained), labels)
     offsets, members = invert(tokens, position, labels)
     return LabelDocuments(embeddings, offsets, members, frequency, int(trained.sum()))
 

@@ -122,6 +122,15 @@ class Classifier(nn.Module):
         return self.head.whole
 
     @property
+    def label_rows(self) -> np.ndarray | None:
+        """[L] int64, on the host: the head's row of each label id, or None where that is the id."""
+        if self.label_order is None:
+            return None
+        rows = np.empty(len(self.label_order), dtype=np.int64)
+        rows[self.label_order] = np.arange(len(rows))
+        return rows
+
+    @property
     def device(self) -> torch.device:
         return self.head.bias.device
 

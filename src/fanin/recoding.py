@@ -24,7 +24,7 @@ from fanin.data.tokens import TokenSet
 from fanin.embeddings import embed
 from fanin.files import InputError
 from fanin.heads import Bottleneck, FixedFanIn, Head
-from fanin.kernels.layer import decode
+from fanin.kernels.layer import decode, raw
 from fanin.model import Classifier
 from fanin.start import CHUNK, whitening
 from fanin.start_forms import Form, Whitening
@@ -135,12 +135,7 @@ def _write(head: Head, start: int, chosen: Tensor, weight: Tensor, index: Tensor
     for name, values in (("weight", weight), ("momentum", weight.new_zeros(())), ("compensation", weight.new_zeros(()))):
         held = getattr(head, name, None)
         if held is not None:
-            _bits(held)[rows, : weight.shape[1]] = _bits(values.to(held.dtype))
+            raw(held)[rows, : weight.shape[1]] = raw(values.to(held.dtype))
     if index is not None and isinstance(head, FixedFanIn):
         groups = (start + chosen.nonzero()[:: head.group, 0]) // head.group
-        _bits(head.index)[groups, : index.shape[1]] = _bits(index.to(head.index.dtype))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The same memory as a type that rows can be put into: fp8 and uint16 have no such operation."""
-    return tensor.view({1: torch.uint8, 2: torch.int16}.get(tensor.itemsize, tensor.dtype))
+        raw(head.index)[groups, : index.shape[1]] = raw(index.to(head.index.dtype))

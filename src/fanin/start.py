@@ -216,7 +216,7 @@ class _Ranking:
             own, base, name = (tensor[start : start + some] for tensor in (rows, bias, names))
             score = torch.addmm(base, self.z, own.T)
             if read is not None and weight is not None and self.words is not None:
-                score += decode(read[start : start + some].to(score.device), weight[start : start + some], self.words).T
+                score += decode(read[start : start + some], weight[start : start + some], self.words).T
             best, place = score.topk(min(CUTOFFS[-1], score.shape[1]), dim=1)
             best, found = torch.cat([self.best, best], 1), torch.cat([self.found, name[place]], 1)
             self.best, place = best.topk(min(CUTOFFS[-1], best.shape[1]), dim=1)

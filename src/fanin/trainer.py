@@ -86,8 +86,7 @@ class Trainer:
         self.tokens, self.validation_rows = tokens, validation_rows
         self.checkpoints, self.fingerprint, self.log = checkpoints, fingerprint, log
         order = classifier.label_order
-        label_rows = None if order is None else _inverse(order)
-        self.batches = Batches(tokens, train_rows, settings.batch, config.seed, pad_id, label_rows, self.ranks)
+        self.batches = Batches(tokens, train_rows, settings.batch, config.seed, pad_id, classifier.label_rows, self.ranks)
         steps_per_epoch = len(self.batches) / settings.accumulation
         self.total = max(math.ceil(settings.epochs * steps_per_epoch - 1e-9), 1)
         if settings.max_steps is not None:
@@ -398,9 +397,3 @@ class Trainer:
             self._drop_auxiliary()
         self.classifier.precision = getattr(torch, state["precision"])
         adopt_optimizer_tensors(self.optimizer, moments)
-
-
-def _inverse(order: np.ndarray) -> np.ndarray:
-    rows = np.empty(len(order), dtype=np.int64)
-    rows[order] = np.arange(len(order))
-    return rows

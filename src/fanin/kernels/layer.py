@@ -208,6 +208,11 @@ def random_bits(seed: int, layer: Layer) -> Tensor:
     return value.bitwise_and_(_MASK)
 
 
+def raw(stored: Tensor) -> Tensor:
+    """The same memory as integers, which rows can be taken from and put into: fp8 and uint16 have no such operations."""
+    return stored.view({1: torch.uint8, 2: torch.int16}.get(stored.itemsize, stored.dtype))
+
+
 def decode(stored: Tensor) -> Tensor:
     """A copy in float32 (float64 stays)."""
     return stored.clone() if stored.dtype == torch.float64 else stored.to(torch.float32, copy=True)
