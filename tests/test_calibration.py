@@ -11,7 +11,7 @@ import torch
 from fanin import calibration
 from fanin.calibration import Shift, calibrate, fit
 from fanin.heads import STORED, Bottleneck, Dense, FixedFanIn
-from fanin.lexical import Lexical
+from fanin.lexical import NORM, Lexical
 from fanin.ranks import ALONE
 
 LABELS, WIDTH, DOCUMENTS, VOCABULARY, WORDS = 60, 16, 300, 40, 3
@@ -92,7 +92,7 @@ def classifier(kind: str, group: int, dtype: str, lexical: bool):
         width, fan_in = WIDTH + VOCABULARY * lexical, 6 + WORDS * lexical
         head = FixedFanIn(LABELS, width, fan_in, group, "bce", generator, dtype=STORED[dtype], rounding="kahan", **extra)
         if lexical:
-            value = torch.rand(LABELS, WORDS, generator=generator) * 2
+            value = torch.rand(LABELS, WORDS, generator=generator) * (2 / NORM)
             head.weight[:, 6:] = value.to(head.weight.dtype)
     head.bias.uniform_(-3, -1, generator=generator)
     table = torch.randn(VOCABULARY, WIDTH, generator=generator)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fanin.centroids import invert
 from fanin.data.tokens import TokenSet
+from fanin.lexical import NORM
 
 LIFT = {"bce": 8.0, "squared_hinge": 2.0}  # a start's logit for a document whose words are just a label's
 DOCUMENTS = 2**20  # training documents that words are taken from, at most
@@ -57,7 +58,7 @@ class LabelWords:
         """Rows of the token set -> their lexical features [n, V']."""
         document, token, value = self._features(rows)
         out = torch.zeros(len(rows), self.width)
-        out[torch.from_numpy(document), torch.from_numpy(token)] = torch.from_numpy(value).float()
+        out[torch.from_numpy(document), torch.from_numpy(token)] = torch.from_numpy(NORM * value).float()
         return out
 
     def _chunks(self, labels: np.ndarray, group: int) -> Iterator[np.ndarray]:
@@ -114,7 +115,7 @@ class LabelWords:
         return label, token, (total / np.maximum(norm[label], 1e-12)).astype(np.float32)
 
     def _features(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Entries (document's place, token, value) as `Lexical` makes them."""
+        """Entries (document's place, token, value) as `Lexical` makes them, but of unit length."""
         document, token, count = self._counts(rows)
         value = (1 + np.log(count)) * self.idf[token]
         norm = np.sqrt(np.bincount(document, value**2, len(rows)))

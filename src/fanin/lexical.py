@@ -2,7 +2,7 @@
 
 A dense layer cannot read a vocabulary: every label would pay for every word. A label that reads a few features pays for
 those few. So the head reads, behind the encoder's D' features, V' of which nearly all are zero: the document's tokens,
-weighted by tf-idf, to unit length. The start from data gives each label its `head.lexical` heaviest words, those of the
+weighted by tf-idf, to a length of `NORM`. The start from data gives each label its `head.lexical` heaviest words, those of the
 normalised centroid of its documents (Rocchio's classifier, cut off); training moves their weights as all others. Words rank
 well where names decide, embeddings where meaning does: XR-Transformer (Zhang et al., NeurIPS 2021) joins both for its
 rankers. Tokens are the encoder's own: no other tokeniser is needed, and nothing new in a request.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+NORM = 16.0  # of a document's words: a step then moves a word's weight as far, for its size, as that of a feature of the encoder's
 _INDICES = 2**16  # features that an index of two bytes can name
 
 
@@ -39,9 +40,9 @@ class Lexical(nn.Module):
         return out
 
     def add_to(self, out: Tensor, ids: Tensor, mask: Tensor) -> None:
-        """Add (1 + log count) idf of the tokens ids [B, T] under mask [B, T], to unit length, to `out` [B, V'], in place."""
+        """Add (1 + log count) idf of the tokens ids [B, T] under mask [B, T], to length `NORM`, to `out` [B, V'], in place."""
         ids, mask = ids % self.width, mask.to(out.dtype)
         count = torch.zeros_like(out).scatter_add_(1, ids, mask).gather(1, ids).clamp_min_(1)
         each = (1 + count.log()) * self.idf[ids] * mask / count  # a token that comes n times brings an nth each time
         length = (each.square() * count).sum(1, keepdim=True).sqrt().clamp_min_(1e-12)
-        out.scatter_add_(1, ids, each / length)
+        out.scatter_add_(1, ids, each * (NORM / length))

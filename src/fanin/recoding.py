@@ -26,6 +26,7 @@ from fanin.files import InputError
 from fanin.heads import Bottleneck, FixedFanIn, Head
 from fanin.kernels.layer import decode, raw
 from fanin.model import Classifier
+from fanin.refitting import refit
 from fanin.start import CHUNK, whitening
 from fanin.start_forms import Form, Whitening
 
@@ -34,10 +35,10 @@ EVIDENCE = 30  # training documents of a label that make its learnt row count as
 
 
 def recode_now(classifier: Classifier, tokens_folder: Path, embeddings_folder: Path, scratch: Path) -> dict[str, float]:
-    """Embed the start's sample of training documents anew, in the folder `scratch` (gone afterwards), and `recode`.
+    """Embed the start's sample of training documents anew, in the folder `scratch` (gone afterwards), `recode`, and `refit`.
 
-    All of the classifier's ranks call this, with the same folders on a disk that all see. Raises InputError where the
-    folders do not fit together, or an embedding is not finite.
+    All of the classifier's ranks call this, with the same folders on a disk that all see. Returns what `recode` does, and
+    refitted (the head's steps). Raises InputError where the folders do not fit together, or an embedding is not finite.
     """
     ranks, tokens = classifier.ranks, TokenSet.open(tokens_folder / "train.arrow")
     source = load_label_documents(tokens_folder, embeddings_folder)
@@ -51,7 +52,8 @@ def recode_now(classifier: Classifier, tokens_folder: Path, embeddings_folder: P
             embed(classifier.encoder, tokens, rows[first:last], own, pad_id=pad_id, precision=precision, desc="recoding")
         parts = [np.load(scratch / f"{rank}.npy", mmap_mode="r") for rank in range(ranks.size)]
         now = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return recode(classifier, dataclasses.replace(source, embeddings=now))
+        found = recode(classifier, dataclasses.replace(source, embeddings=now))
+        return found | {"refitted": refit(classifier, tokens, rows, now, classifier.config.rewiring.refit_epochs)}
     finally:
         if ranks.leads:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -27,7 +27,7 @@ from fanin.devices import choose_device
 from fanin.files import InputError, atomic_path, read_json, write_json
 from fanin.kernels.layer import index_dtype
 from fanin.label_words import LIFT, LabelWords, choose_rows
-from fanin.lexical import lexical_width
+from fanin.lexical import NORM, lexical_width
 from fanin.sparse_coding import decode
 from fanin.start_forms import Expressed, Whitening, fit_form
 
@@ -112,7 +112,7 @@ def start_from_data(
         read = lift = None
         if words is not None and expressed.index is not None:
             read, lift = (tensor.to(device) for tensor in words.of(order[rows], head.lexical, group))
-            lift = lift * LIFT[head.loss]
+            lift = lift * (LIFT[head.loss] / NORM)
             index = torch.cat([expressed.index, read + inner], 1)
             expressed = expressed._replace(weight=torch.cat([expressed.weight, lift], 1), index=index)
             read = read.repeat_interleave(group, 0)[: len(rows)]
