@@ -411,10 +411,16 @@ def test_a_recoded_head_says_when_and_how_well(tmp_path: Path) -> None:
     root = make_project(tmp_path, config)
     config.rewiring.recode_at = 0.8
     train = json.loads((root / "reports/train.json").read_text())
-    _json(root / "reports/train.json", train | {"recoding": {"step": 660, "labels": 280, "residual": 0.2126}, "moved": 0.409})
+    _json(
+        root / "reports/train.json",
+        train | {"recoding": {"step": 660, "labels": 280, "residual": 0.2126, "refitted": 1500}, "moved": 0.409},
+    )
     text = " ".join(page_of(root, config).text.split())
     assert "At step 660, 280 labels were coded anew" in text
-    assert "leave 21.3% of a row in the mean. 40.9% of the index entries read another feature than at the start." in text
+    assert (
+        "leave 21.3% of a row in the mean. The head then learnt alone from those documents' embeddings, 1,500 steps. 40.9% of the index entries read another feature than at the start."
+        in text
+    )
     assert "its indices stay as they were" not in text
 
 
@@ -621,6 +627,8 @@ def test_the_head_in_words() -> None:
     assert head_in_words(config, {}) == "fixed fan-in: each label reads 32 of 1,536 features, static"
     config.rewiring.recode_at = 0.8
     assert head_in_words(config, {}).endswith("features, recoded at 0.8 of training")
+    config.rewiring.refit_epochs = 3
+    assert head_in_words(config, {}).endswith("features, recoded and refitted at 0.8 of training")
     config.rewiring.recode_at = 0.0
     config.rewiring.method, config.head.group = "set", 16
     assert head_in_words(config, {"feature_use": [1] * 384}).endswith("32 of 384 features, groups of 16, rewired by SET")

@@ -135,6 +135,9 @@ def test_recoding_comes_once_when_it_is_due(folder, monkeypatch, at, step):
     summary = train_in(path, config, f"recoded-{at}", log)
     assert list(logged) == ([] if step is None else [step])
     assert (summary["recoding"] or {}).get("step") == step
+    if step:  # one epoch, by then without accumulation
+        documents = len(np.load(path / "data/embeddings/documents.npy"))
+        assert summary["recoding"]["refitted"] == -(-documents // config.train.batch)
 
 
 def test_the_auxiliary_branch_is_freed_at_the_cut_off(folder, monkeypatch):

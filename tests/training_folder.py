@@ -27,14 +27,14 @@ LABELS, DOCUMENTS = 60, 160
 
 
 def small_config(encoder: Path) -> Config:
-    """40 steps with everything on: rewiring until step 26, the auxiliary objective until step 20, recoding at step 18, dropout,
-    accumulation."""
+    """40 steps with everything on: rewiring until step 26, the auxiliary objective until step 20, recoding and
+    refitting at step 18, dropout, accumulation."""
     return Config(
         tokens=Tokens(max_length=32),
         encoder=Encoder(name=str(encoder), dropout=0.2),
         start=Start(source="random"),
         head=Head(fan_in=6, intermediate=48),
-        rewiring=Rewiring(method="rigl", amount=0.3, interval=4, recode_at=0.45),
+        rewiring=Rewiring(method="rigl", amount=0.3, interval=4, recode_at=0.45, refit_epochs=1),
         auxiliary=Auxiliary(enabled=True, cutoff=2.0),
         train=Train(
             epochs=4.0,

@@ -139,7 +139,8 @@ def head_in_words(config: Config, train: Mapping[str, Any]) -> str:
     if head.kind == "fixed_fan_in":
         changes = [] if config.rewiring.method == "none" else [f"rewired by {METHODS[config.rewiring.method]}"]
         if config.rewiring.recode_at:
-            changes.append(f"recoded at {config.rewiring.recode_at:g} of training")
+            refitted = " and refitted" if config.rewiring.refit_epochs else ""
+            changes.append(f"recoded{refitted} at {config.rewiring.recode_at:g} of training")
         shared = f", groups of {head.group}" if head.group > 1 else ""
         words = f" and {head.lexical} words" if head.lexical else ""
         return f"fixed fan-in: each label reads {head.inner_fan_in}{over}{words}{shared}, {', '.join(changes) or 'static'}"
