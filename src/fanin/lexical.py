@@ -13,9 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-NORM = (
-    16.0  # of a document's words: a step then moves a word's weight as far, for its size, as that of a feature of the encoder's
-)
+NORM = 16.0  # of a document's words: of unit length, each would be so small that training hardly moved its weights
 _INDICES = 2**16  # features that an index of two bytes can name
 
 

@@ -37,10 +37,9 @@ def refit(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, embeddings
         own = np.searchsorted(rows, batch.rows[slice(*ranks.share(len(batch.rows)))])
         embedding = torch.from_numpy(embeddings[own].astype(np.float32)).to(device)
         features = classifier.join(classifier.project(embedding), batch.ids.to(device), batch.mask.to(device))
-        positives = batch.positives.between(head.first, head.first + head.labels) if ranks.size > 1 else batch.positives
         head.step(
             ranks.gather(features, len(batch.rows)),
-            positives.to(device),
+            batch.positives.between(head.first, head.first + head.labels).to(device),
             lr=settings.head_lr * warmup_cosine(step, settings.warmup, total),
             momentum=settings.momentum,
             weight_decay=settings.head_weight_decay,
