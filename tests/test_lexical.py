@@ -360,5 +360,5 @@ def test_a_start_without_words_is_refused(project):
     other = dataclasses.replace(config, head=dataclasses.replace(config.head, fan_in=6, lexical=0))
     build_start(other, data / "tokens", data / "embeddings", data / "clusters", folder / "without")
     classifier = Classifier.build(config, LABELS, np.load(data / "clusters" / "order.npy"))
-    with pytest.raises(InputError, match=r"its words and head\.lexical do not agree; rerun the stage that writes it"):
+    with pytest.raises(InputError, match=r"its words do not agree with head\.lexical and head\.profiles; rerun the stage"):
         classifier.load_start(folder / "without" / "head.safetensors")

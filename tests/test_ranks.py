@@ -21,14 +21,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from fanin import profiles
 from fanin.checkpoint import list_checkpoints
 from fanin.config import Config
-from fanin.data.tokens import TokenSet
+from fanin.data.tokens import TokenSet, vocabulary_size
 from fanin.files import InputError
 from fanin.model import Classifier
 from fanin.ranks import ALONE, Ranks
 from fanin.retrieval import rank as rank_documents
+from fanin.start import build_start
 from fanin.trainer import Trainer
+from tiny import tiny_tokenizer
 from together import Together
 from training_folder import LABELS, assert_same_run, prepare, small_config, train_in
 
@@ -75,6 +78,11 @@ def train_here(ranks: Ranks, folder: str, name: str, changes: dict, die: list | 
 
         Trainer._train_step = step_and_die
     train_in(Path(folder), settings(Path(folder), changes), name, ranks=ranks)
+
+
+def train_profiles_here(ranks: Ranks, folder: str, name: str, changes: dict) -> None:
+    profiles.EVERY = 12  # so that five labels have one
+    train_here(ranks, folder, name, changes)
 
 
 def collectives(ranks: Ranks) -> None:
@@ -181,6 +189,24 @@ def test_other_heads(folder, together, changes, request):
     for size in (1, 4):
         together.run(size, "test_ranks.train_here", str(folder), f"{name}-{size}", changes)
     assert_close_runs(folder, f"{name}-1", f"{name}-4")
+
+
+def test_words_and_profiles(tmp_path, together, monkeypatch):
+    """Every rank holds all profiles; they learn from all ranks' documents and labels, also while refitting."""
+    prepare(tmp_path)
+    about = tmp_path / "data/tokens/tokens.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"vocabulary": vocabulary_size(tiny_tokenizer())}))
+    changes = {"head.fan_in": 9, "head.lexical": 3, "head.profiles": 12, "start.source": "data"}
+    monkeypatch.setattr(profiles, "EVERY", 12)
+    data = tmp_path / "data"
+    build_start(settings(tmp_path, changes), data / "tokens", data / "embeddings", data / "clusters", data / "start")
+    for size in (1, 3):
+        together.run(size, "test_ranks.train_profiles_here", str(tmp_path), str(size), changes)
+    assert_close_runs(tmp_path, "1", "3")
+    start, end = (load_file(tmp_path / part) for part in ("data/start/head.safetensors", "3/models/head.safetensors"))
+    moved = (end["lexical.profiles.weight"] - start["lexical.profiles.weight"]).abs()
+    assert len(moved) == 5
+    assert (moved.amax(dim=1) > 1e-3).all()
 
 
 @pytest.mark.parametrize("size", [2, 4])

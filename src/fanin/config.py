@@ -62,6 +62,7 @@ class Head:
     kind: str = "fixed_fan_in"  # fixed_fan_in | dense | bottleneck
     fan_in: int = 32  # features that a label reads
     lexical: int = 0  # of these, how many are words of the document, behind the encoder's features (kind fixed_fan_in)
+    profiles: int = 0  # words of a profile, which each 64th label, the most frequent, has where lexical is on and group 1
     group: int = 1  # labels that share an index row
     bottleneck: int = 64  # width of the bottleneck head's projection
     intermediate: int = 1536  # width of the layer between encoder and head; 0: none
@@ -200,6 +201,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "start.spread": (1e-3, 1e3),
     "head.fan_in": (1, 10**6),
     "head.lexical": (0, 10**6),
+    "head.profiles": (0, 512),
     "head.group": (1, 1024),
     "head.bottleneck": (1, 10**6),
     "head.intermediate": (0, 10**7),

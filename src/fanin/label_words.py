@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fanin.centroids import invert
+from fanin.data.batches import collate
 from fanin.data.tokens import TokenSet
-from fanin.lexical import NORM
+from fanin.lexical import Lexical
 
 LIFT = {"bce": 8.0, "squared_hinge": 2.0}  # a start's logit for a document whose words are just a label's
 DOCUMENTS = 2**20  # training documents that words are taken from, at most
@@ -32,34 +33,73 @@ def choose_rows(documents: int, embedded: np.ndarray, held_out: np.ndarray, seed
 
 
 class LabelWords:
-    """The words of `labels` labels in the training documents `rows` (ascending), of `width` V' there are."""
+    """The words of `labels` labels in the training documents `rows` (ascending), of `words` V' there are.
 
-    def __init__(self, tokens: TokenSet, rows: np.ndarray, labels: int, width: int) -> None:
-        self._tokens, self.width, self._rows = tokens, width, rows
+    profiled: labels that have a profile of `profile_words` words, or None. lift: the length of a row's weights.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenSet,
+        rows: np.ndarray,
+        labels: int,
+        words: int,
+        *,
+        profiled: np.ndarray | None = None,
+        profile_words: int = 0,
+        lift: float = 1.0,
+    ) -> None:
+        self._tokens, self._rows, self.words, self._lift = tokens, rows, words, lift
+        self._profiled = np.empty(0, np.int64) if profiled is None else profiled
+        self.lexical = Lexical(words, len(self._profiled), profile_words)
         position = np.full(len(tokens), -1, np.int32)
         position[self._rows] = np.arange(len(self._rows), dtype=np.int32)
         self._offsets, self._members = invert(tokens, position, labels)
-        frequency = np.zeros(width, np.int64)
+        frequency = np.zeros(words, np.int64)
         for start in range(0, len(self._rows), _CHUNK):
             _, token, _ = self._counts(self._rows[start : start + _CHUNK])
-            frequency += np.bincount(token, minlength=width)
+            frequency += np.bincount(token, minlength=words)
         self.idf = np.where(frequency > 0, np.log(max(len(self._rows), 1) / np.maximum(frequency, 1)), 0).astype(np.float32)
+        self.lexical.idf.copy_(torch.from_numpy(self.idf))
+        self._place = np.full(labels, -1, np.int64)  # of a label's profile
+        self._place[self._profiled] = np.arange(len(self._profiled))
+        if self.lexical.profiles is not None:
+            index, weight = self._heaviest(self._profiled, profile_words, 1)
+            self.lexical.profiles.index.copy_(index)
+            self.lexical.profiles.weight.copy_(weight)
+
+    @property
+    def width(self) -> int:
+        """C + V', the lexical features."""
+        return self.lexical.width
 
     def of(self, labels: np.ndarray, count: int, group: int = 1) -> tuple[Tensor, Tensor]:
         """labels [n], runs of `group` of which share words -> (index [ceil(n / G), count] int64, ascending, weight [n, count]).
 
-        Weights are of unit length in each row, or zero where a label has no document; a row with fewer words than `count`
-        is filled up with others, which weigh nothing.
+        The index is that of lexical features: profiles first. Weights have the length `lift` in each row, or are zero where a
+        label has no document; a row with fewer words than `count` is filled up with others, which weigh nothing. A label
+        with a profile reads it with weight 1, and its `count` - 1 heaviest words, at first with weight 0: the profile has them.
         """
-        parts = [self._of(part, count, group) for part in self._chunks(labels, group)]
-        return torch.cat([index for index, _ in parts]), torch.cat([weight for _, weight in parts])
+        index, weight = self._heaviest(labels, count, group)
+        index += self.width - self.words
+        own = np.flatnonzero(self._place[labels] >= 0)
+        if len(own):
+            lightest = weight[own].argmin(1)
+            index[own, lightest], weight[own] = torch.from_numpy(self._place[labels[own]]), 0.0
+            weight[own, lightest] = 1.0
+            order = index.argsort(1)
+            index, weight = index.gather(1, order), weight.gather(1, order)
+        return index, weight
 
     def features(self, rows: np.ndarray) -> Tensor:
-        """Rows of the token set -> their lexical features [n, V']."""
-        document, token, value = self._features(rows)
-        out = torch.zeros(len(rows), self.width)
-        out[torch.from_numpy(document), torch.from_numpy(token)] = torch.from_numpy(NORM * value).float()
-        return out
+        """Rows of the token set -> their lexical features [n, C + V']."""
+        ids, mask = collate(self._tokens.ids(rows), 0)
+        return self.lexical(ids, mask)
+
+    def _heaviest(self, labels: np.ndarray, count: int, group: int) -> tuple[Tensor, Tensor]:
+        """As `of`, of words alone."""
+        parts = [self._of(part, count, group) for part in self._chunks(labels, group)]
+        return torch.cat([index for index, _ in parts]), self._lift * torch.cat([weight for _, weight in parts])
 
     def _chunks(self, labels: np.ndarray, group: int) -> Iterator[np.ndarray]:
         """Whole groups of labels with about `_CHUNK` documents."""
@@ -72,9 +112,9 @@ class LabelWords:
         n, groups = len(labels), -(-len(labels) // group)
         label, token, value = self._centroids(labels)
         # a group's words are those with the most energy in its labels' rows
-        keys, place = np.unique(label // group * self.width + token, return_inverse=True)
+        keys, place = np.unique(label // group * self.words + token, return_inverse=True)
         energy = np.bincount(place, value.astype(np.float64) ** 2, len(keys))
-        owner, word = keys // self.width, keys % self.width
+        owner, word = keys // self.words, keys % self.words
         order = np.lexsort((-energy, owner))
         rank = np.arange(len(order)) - np.searchsorted(owner[order], owner[order])
         best = np.sort(order[rank < count])
@@ -82,16 +122,16 @@ class LabelWords:
         sizes = np.bincount(owner[best], minlength=groups)
         column = np.arange(len(best)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         index[owner[best], column] = word[best]
-        some = np.arange(min(2 * count, self.width))
+        some = np.arange(min(2 * count, self.words))
         for row in np.flatnonzero(sizes < count):
-            other = np.setdiff1d((some + row) % self.width, index[row, : sizes[row]])
+            other = np.setdiff1d((some + row) % self.words, index[row, : sizes[row]])
             index[row, sizes[row] :] = other[: count - sizes[row]]
         index.sort(axis=1)
         weight = np.zeros((n, count), np.float32)
-        wanted = index + np.arange(groups)[:, None] * self.width
+        wanted = index + np.arange(groups)[:, None] * self.words
         flat = wanted.ravel()
-        found = np.minimum(np.searchsorted(flat, label // group * self.width + token), len(flat) - 1)
-        kept = flat[found] == label // group * self.width + token
+        found = np.minimum(np.searchsorted(flat, label // group * self.words + token), len(flat) - 1)
+        kept = flat[found] == label // group * self.words + token
         weight[label[kept], found[kept] % count] = value[kept]
         weight /= np.maximum(np.linalg.norm(weight, axis=1, keepdims=True), 1e-12)
         return torch.from_numpy(index), torch.from_numpy(weight)
@@ -108,9 +148,9 @@ class LabelWords:
         first = np.searchsorted(document, np.arange(len(documents) + 1))
         lengths = np.diff(first)[which]
         entry = np.repeat(first[which] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-        keys, place = np.unique(np.repeat(label, lengths) * self.width + token[entry], return_inverse=True)
+        keys, place = np.unique(np.repeat(label, lengths) * self.words + token[entry], return_inverse=True)
         total = np.bincount(place, value[entry], len(keys))
-        label, token = keys // self.width, keys % self.width
+        label, token = keys // self.words, keys % self.words
         norm = np.sqrt(np.bincount(label, total**2, len(labels)))
         return label, token, (total / np.maximum(norm[label], 1e-12)).astype(np.float32)
 
@@ -125,6 +165,6 @@ class LabelWords:
         """Entries (document's place, token, count), in that order."""
         ids = self._tokens.ids(rows)
         document = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
-        token = np.concatenate([*ids, np.empty(0, np.int64)]).astype(np.int64) % self.width
-        keys, count = np.unique(document * self.width + token, return_counts=True)
-        return keys // self.width, keys % self.width, count
+        token = np.concatenate([*ids, np.empty(0, np.int64)]).astype(np.int64) % self.words
+        keys, count = np.unique(document * self.words + token, return_counts=True)
+        return keys // self.words, keys % self.words, count

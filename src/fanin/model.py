@@ -26,10 +26,12 @@ from fanin.encoder import Encoder
 from fanin.files import InputError, atomic_path, read_json
 from fanin.heads import Head, build_head
 from fanin.lexical import Lexical, lexical_width
+from fanin.profiles import profile_count
 from fanin.ranks import ALONE, Ranks
+from fanin.rewiring import check_index
 from fanin.tensor_file import create_tensors, write_rows
 
-_IDF = "lexical.idf"
+_LEXICAL = "lexical."
 _CPU_TOKENS = 768  # padded tokens encoded at once: beyond it, activations leave the cache
 
 
@@ -98,9 +100,13 @@ class Classifier(nn.Module):
             raise InputError(
                 f"train.processes: {labels} labels in groups of {group} cannot be shared by {ranks.size} processes; use fewer"
             )
-        lexical = Lexical(lexical_width(encoder.vocabulary, width)) if sparse and config.head.lexical else None
-        words = lexical.width if lexical else 0
-        head = build_head(config.head, labels, width + words, generator, ranks.share(labels, group), words)
+        lexical, profiles = None, 0
+        if sparse and config.head.lexical:
+            profiles = profile_count(config.head, labels)
+            words = lexical_width(encoder.vocabulary, width + profiles)
+            lexical = Lexical(words, profiles, config.head.profiles)
+        read = lexical.width if lexical else 0
+        head = build_head(config.head, labels, width + read, generator, ranks.share(labels, group), read, profiles)
         rows = None
         if config.head.group > 1:
             if order is None:
@@ -148,16 +154,46 @@ class Classifier(nn.Module):
         return torch.relu(features) if self.config.head.activation == "relu" else features
 
     def join(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """The encoder's features [B, D'] and the tokens that they are of -> what the head reads [B, D' + V']; no gradient."""
+        """The encoder's features [B, D'] and the tokens that they are of -> what the head reads [B, D' + C + V'], detached."""
         if self.lexical is None:
             return features.detach()
         joined = features.new_zeros(len(features), self.head.width)
         joined[:, : features.shape[1]] = features.detach()
-        self.lexical.add_to(joined[:, features.shape[1] :], ids, mask)
+        self.lexical.write(joined[:, features.shape[1] :], ids, mask)
         return joined
 
+    @torch.no_grad()
+    def step_profiles(self, read: Tensor, gradient: Tensor, lr: float) -> Tensor:
+        """Have the profiles of words learn; all ranks call this together.
+
+        read [B, D' + C + V']: what the head read of this rank's documents; gradient [B, D' + C], what its step handed back of
+        them, times the factor of the head's own update. Returns the encoder's part [B, D'].
+        """
+        profiles = self.lexical.profiles if self.lexical is not None else None
+        inner = self.head.inner
+        if profiles is None:
+            return gradient
+        outer, words = gradient[:, inner:], read[:, self.head.learnt :]
+        own = profiles.gradient(words, outer) if len(read) else torch.zeros_like(profiles.weight)
+        self.ranks.sum_([own])
+        profiles.step(own, lr, self.config.train.momentum)
+        return gradient[:, :inner]
+
+    def prepare_training(self) -> None:
+        """Allocate the state of what learns by the head's own rule."""
+        momentum = self.config.train.momentum
+        self.head.prepare_training(momentum)
+        if self.lexical is not None and self.lexical.profiles is not None:
+            self.lexical.profiles.prepare_training(momentum)
+
+    def finish_training(self) -> None:
+        """Free it."""
+        self.head.finish_training()
+        if self.lexical is not None and self.lexical.profiles is not None:
+            self.lexical.profiles.prepare_training(0.0)
+
     def features(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask [B, T] -> what the head reads [B, D' + V'] float32; no gradient."""
+        """ids, mask [B, T] -> what the head reads [B, D' + C + V'] float32; no gradient."""
         return self.join(self.project(self.embed(ids, mask)), ids, mask)
 
     @torch.inference_mode()
@@ -205,23 +241,16 @@ class Classifier(nn.Module):
             self._load_layers(state, str(path))
 
     def layers_state(self) -> dict[str, Tensor]:
-        """The head's tensors, the intermediate layer's under `intermediate.`, and the weights of words."""
+        """The head's tensors, the intermediate layer's under `intermediate.`, and those of words under `lexical.`."""
         state = self.head.model_state()
         if self.intermediate is not None:
             state |= {f"intermediate.{key}": value for key, value in self.intermediate.state_dict().items()}
         if self.lexical is not None:
-            state[_IDF] = self.lexical.idf
+            state |= {f"{_LEXICAL}{key}": value for key, value in self.lexical.state_dict().items() if "momentum" not in key}
         return {key: value.detach().contiguous() for key, value in state.items()}
 
     def _load_layers(self, state: dict[str, Tensor], source: str) -> None:
-        idf = state.pop(_IDF, None)
-        words = self.lexical.idf if self.lexical is not None else None
-        if (None if idf is None else idf.shape) != (None if words is None else words.shape):
-            raise InputError(f"{source}: its words and head.lexical do not agree; rerun the stage that writes it")
-        if words is not None and idf is not None:
-            if not idf.isfinite().all():
-                raise InputError(f"{source}: {_IDF} holds NaN or infinite values; rerun the stage that writes it")
-            words.copy_(idf)
+        self._load_words({key: state.pop(key) for key in sorted(state) if key.startswith(_LEXICAL)}, source)
         own = {key.removeprefix("intermediate."): value for key, value in state.items() if key.startswith("intermediate.")}
         self.head.load_model_state({k: v for k, v in state.items() if not k.startswith("intermediate.")}, source)
         if (self.intermediate is None) != (not own):
@@ -235,6 +264,23 @@ class Classifier(nn.Module):
                     f"{tuple(self.intermediate.weight.shape)}; rerun the stage that writes it"
                 )
             self.intermediate.load_state_dict(own)
+
+    def _load_words(self, state: dict[str, Tensor], source: str) -> None:
+        own = {k: v for k, v in self.layers_state().items() if k.startswith(_LEXICAL)}
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+            raise InputError(
+                f"{source}: its words do not agree with head.lexical and head.profiles; rerun the stage that writes it"
+            )
+        for key, value in state.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise InputError(f"{source}: {key} holds NaN or infinite values; rerun the stage that writes it")
+        if self.lexical is not None and self.lexical.profiles is not None:
+            try:
+                check_index(state[f"{_LEXICAL}profiles.index"], self.lexical.words)
+            except ValueError as error:
+                raise InputError(f"{source}: profiles: {error}; rerun the stage that writes it") from None
+        for key, value in state.items():
+            own[key].copy_(value)
 
     def save(self, folder: str | Path, labels: str | Path) -> None:
         """Write the model as a folder that needs nothing else of the project; `labels` is the corpus's labels.parquet.
@@ -272,9 +318,14 @@ class Classifier(nn.Module):
             (temporary / "fanin.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     def head_bytes(self) -> dict[str, int]:
-        """`Head.bytes` of all ranks together."""
+        """`Head.bytes` of all ranks together, profiles of words with them."""
         own = self.head.bytes()
-        return {name: int(size) for name, size in zip(own, self.ranks.total(list(own.values())), strict=True)}
+        sizes = {name: int(size) for name, size in zip(own, self.ranks.total(list(own.values())), strict=True)}
+        profiles = self.lexical.profiles if self.lexical is not None else None
+        if profiles is not None:  # they are rows of labels too, which every rank holds
+            for name, tensor in (("weights", profiles.weight), ("indices", profiles.index), ("optimizer", profiles.momentum)):
+                sizes[name] += tensor.nbytes if tensor is not None else 0
+        return sizes
 
     def places(self) -> dict[str, tuple[int, int]]:
         """Of the head's tensors and `order`, which row of the whole this rank's first one is, and the whole's rows."""

@@ -23,7 +23,8 @@ _STREAM = 0x4EF17  # keeps this order of documents apart from the trainer's of t
 
 @torch.no_grad()
 def refit(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, embeddings: np.ndarray, epochs: int) -> int:
-    """Train the head in place on the ascending `rows` [N] of `tokens`, whose present embeddings are `embeddings` [N, D].
+    """Train the head, and profiles of words, in place on the ascending `rows` [N] of `tokens`, whose present embeddings are
+    `embeddings` [N, D].
 
     Rates, batches and momentum are those of training, with a warm-up and a cosine of its own. All of the classifier's ranks
     call this with the same arguments. Returns the steps made. Raises FloatingPointError where features are not finite.
@@ -37,13 +38,16 @@ def refit(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, embeddings
         own = np.searchsorted(rows, batch.rows[slice(*ranks.share(len(batch.rows)))])
         embedding = torch.from_numpy(embeddings[own].astype(np.float32)).to(device)
         features = classifier.join(classifier.project(embedding), batch.ids.to(device), batch.mask.to(device))
-        head.step(
+        lr, scale = settings.head_lr * warmup_cosine(step, settings.warmup, total), 1 / len(batch.rows)
+        dx, _ = head.step(
             ranks.gather(features, len(batch.rows)),
             batch.positives.between(head.first, head.first + head.labels).to(device),
-            lr=settings.head_lr * warmup_cosine(step, settings.warmup, total),
+            lr=lr,
             momentum=settings.momentum,
             weight_decay=settings.head_weight_decay,
-            scale=1 / len(batch.rows),
+            scale=scale,
             seed=seed + step,
         )
+        if head.learnt > head.inner:
+            classifier.step_profiles(features, ranks.scatter_sum(dx.mul_(scale)), lr)
     return total

@@ -28,6 +28,7 @@ from fanin.files import InputError, atomic_path, read_json, write_json
 from fanin.kernels.layer import index_dtype
 from fanin.label_words import LIFT, LabelWords, choose_rows
 from fanin.lexical import NORM, lexical_width
+from fanin.profiles import profile_count
 from fanin.sparse_coding import decode
 from fanin.start_forms import Expressed, Whitening, fit_form
 
@@ -112,7 +113,6 @@ def start_from_data(
         read = lift = None
         if words is not None and expressed.index is not None:
             read, lift = (tensor.to(device) for tensor in words.of(order[rows], head.lexical, group))
-            lift = lift * (LIFT[head.loss] / NORM)
             index = torch.cat([expressed.index, read + inner], 1)
             expressed = expressed._replace(weight=torch.cat([expressed.weight, lift], 1), index=index)
             read = read.repeat_interleave(group, 0)[: len(rows)]
@@ -122,7 +122,7 @@ def start_from_data(
             bias[rows] -= (expressed.fitted @ (white.matrix @ white.mean)).cpu()
     state |= {name: tensor.cpu().contiguous() for name, tensor in form.layers.items()}
     if words is not None:
-        state["lexical.idf"] = torch.from_numpy(words.idf)
+        state |= {f"lexical.{name}": tensor for name, tensor in words.lexical.state_dict().items()}
     return state, {
         "zero_shot": ranking.precision(),
         "residual": error / max(int((source.counts > 0).sum()), 1),
@@ -138,8 +138,17 @@ def _words(config: Config, tokens_folder: Path, embeddings_folder: Path, source:
     tokens = TokenSet.open(tokens_folder / "train.arrow")
     embedded, held_out = (np.load(embeddings_folder / name) for name in ("documents.npy", "validation_documents.npy"))
     rows = choose_rows(len(tokens), embedded, held_out, config.seed)
-    width = lexical_width(read_json(tokens_folder / "tokens.json")["vocabulary"], config.head.intermediate or source.width)
-    return LabelWords(tokens, rows, source.labels, width)
+    count = profile_count(config.head, source.labels)
+    inner = (config.head.intermediate or source.width) + count
+    return LabelWords(
+        tokens,
+        rows,
+        source.labels,
+        lexical_width(read_json(tokens_folder / "tokens.json")["vocabulary"], inner),
+        profiled=np.argsort(-source.frequency, kind="stable")[:count],
+        profile_words=config.head.profiles,
+        lift=LIFT[config.head.loss] / NORM,
+    )
 
 
 def whitening(embeddings: np.ndarray, device: torch.device) -> Whitening:
@@ -173,7 +182,7 @@ class _Ranking:
 
     def __init__(self, embeddings: np.ndarray, truth: list[np.ndarray], labels: int, words: Tensor | None = None) -> None:
         self.embeddings, self.truth, self.labels = embeddings, truth, labels
-        self.words = words  # [V', N] lexical features of the documents
+        self.words = words  # [C + V', N] lexical features of the documents
         self.z = self.best = torch.empty(0)
         self.found = torch.empty(0, dtype=torch.int64)
 

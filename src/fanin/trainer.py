@@ -109,7 +109,7 @@ class Trainer:
             self.auxiliary = AuxiliaryObjective(classifier.encoder.width, of_row, config.auxiliary.weight, self.cutoff_step)
             self.auxiliary.to(classifier.device)
         self.optimizer = self._optimizer()
-        classifier.head.prepare_training(settings.momentum)
+        classifier.prepare_training()
         self.step = self.documents = 0
         self.skipped = self._lost = 0  # micro-batches in all; steps in a row until now
         self.seconds = 0.0
@@ -165,7 +165,7 @@ class Trainer:
                 print(f"stopped at step {self.step} of {self.total}; {kept}", file=sys.stderr)
             signal.raise_signal(self._stop)
             raise KeyboardInterrupt
-        self.classifier.head.finish_training()
+        self.classifier.finish_training()
         self.classifier.eval()
 
     def clear(self) -> None:
@@ -220,6 +220,7 @@ class Trainer:
                 self._skip(1, reason)
                 continue
             dx = ranks.scatter_sum(dx.mul_((1 - coefficient) * share))
+            dx = classifier.step_profiles(read, dx, settings.head_lr * factor)
             if features is not None:
                 outputs: list[Tensor] = [features]
                 gradients: list[Tensor | None] = [dx]

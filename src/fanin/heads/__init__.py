@@ -28,8 +28,9 @@ def build_head(
     generator: torch.Generator | None = None,
     part: tuple[int, int] | None = None,
     vocabulary: int = 0,
+    profiles: int = 0,
 ) -> Head:
-    """The head that `config.Head` describes, with a random start; `part` as in `Head`, `vocabulary` as in `FixedFanIn`.
+    """The head that `config.Head` describes, with a random start; `part` as in `Head`, the last two as in `FixedFanIn`.
 
     Raises InputError where it cannot be built.
     """
@@ -57,6 +58,7 @@ def build_head(
             part=part,
             lexical=settings.lexical,
             vocabulary=vocabulary,
+            profiles=profiles,
         )
     except Unavailable as reason:
         raise InputError(f"head.backend: {reason}; set it to auto") from None

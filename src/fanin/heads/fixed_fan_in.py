@@ -35,8 +35,8 @@ class FixedFanIn(Head):
     dtype: what the weights are stored in. Below float32 momentum is kept in bfloat16, and sums are rounded stochastically, or
     (rounding "kahan") to nearest with the loss carried in a bfloat16 compensation [L, K].
     backend: the kernels, as in `kernels.backend`.
-    lexical: how many of the K entries, the last ones of each row, read the last V' = `vocabulary` of the D' features; they
-    are chosen by the start, and rewiring leaves them where they are.
+    lexical: how many of the K entries, the last ones of each row, read the last `vocabulary` of the features, words and before
+    them `profiles` sums of words; they are chosen by the start, and rewiring leaves them where they are.
     Source: fixed fan-in output layers, Schultheis & Babbar, ECML 2023; dynamic sparsity on them, arXiv 2411.03171.
     """
 
@@ -59,11 +59,13 @@ class FixedFanIn(Head):
         part: tuple[int, int] | None = None,
         lexical: int = 0,
         vocabulary: int = 0,
+        profiles: int = 0,
     ) -> None:
         super().__init__(labels, width, loss, part)
         if self.first % group:
             raise ValueError(f"part must begin with a whole group of {group} labels, found {self.first}")
         self.inner, self.inner_fan_in = width - vocabulary, fan_in - lexical
+        self.learnt = self.inner + profiles
         if self.inner_fan_in > self.inner:
             raise InputError(
                 f"head.fan_in: {self.inner_fan_in} is above the {self.inner} features that the head reads; lower it, or raise "
@@ -83,7 +85,7 @@ class FixedFanIn(Head):
         for rows in self._row_chunks():
             score = uniform(seed, 2 * rows.block, rows.within, (size, self.inner))
             found = score.topk(self.inner_fan_in, dim=1).indices.sort(dim=1).values
-            words = torch.arange(self.inner, self.inner + lexical, device=found.device).expand(len(found), -1)
+            words = torch.arange(self.learnt, self.learnt + lexical, device=found.device).expand(len(found), -1)
             self.index[rows.start : rows.stop].copy_(torch.cat([found, words], 1))
             own = self._labels_of(self.weight, rows.start, rows.stop)
             members = slice(rows.within.start * group, rows.within.start * group + len(own))
@@ -113,7 +115,7 @@ class FixedFanIn(Head):
             bias_momentum=self.bias_momentum,
             compensation=self.compensation,
             first=self.first,
-            learnt=self.inner,
+            learnt=self.learnt,
         )
 
     def _kernels(self) -> Backend:

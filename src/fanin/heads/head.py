@@ -37,6 +37,7 @@ class Head(nn.Module, ABC):
         self.first, last = part or (0, labels)
         self.whole, self.labels, self.width, self.loss = labels, last - self.first, width, loss
         self.inner = width  # of the features, those of the encoder: behind them a head may read words
+        self.learnt = width  # and those that `step` returns dx of: the encoder's, and sums of words
         # a label that never fires: the logit of one label a document, or the hinge's margin
         self.register_buffer("bias", torch.full((self.labels,), -math.log(labels + 1) if loss == "bce" else -1.0))
 
@@ -68,7 +69,7 @@ class Head(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """Forward, backward and update in one pass over the labels.
 
-        x [B, D'] float32 -> (dx [B, D'], of the encoder's features alone where the head reads words; summed loss [] or None).
+        x [B, D'] float32 -> (dx [B, D'], without that of single words where the head reads them; summed loss [] or None).
         The loss is summed over labels and documents; `scale` multiplies the gradient that updates the head, not dx (1 / B
         makes the update that of a mean).
         dx is taken with the weights from before the update. seed: of stochastic rounding, another one every step.
@@ -85,10 +86,10 @@ class Head(nn.Module, ABC):
             raise ValueError(f"x must be [B, {self.width}] with B at least 1, found {list(x.shape)}")
         if x.device != self.bias.device:
             raise ValueError(f"x is on {x.device}, but the head on {self.bias.device}; move one of them")
-        fine = torch.stack([x[:, : self.inner].isfinite().all(), positives.valid(self.labels, len(x))])
+        fine = torch.stack([x[:, : self.learnt].isfinite().all(), positives.valid(self.labels, len(x))])
         finite, valid = fine.tolist()  # one wait for the device
         if not finite:
-            documents = (~x[:, : self.inner].isfinite().all(dim=1)).nonzero().flatten().tolist()
+            documents = (~x[:, : self.learnt].isfinite().all(dim=1)).nonzero().flatten().tolist()
             raise FloatingPointError(f"x holds NaN or infinite values, in documents {documents[:20]} of the batch")
         if not valid:
             positives.explain(self.labels, len(x))

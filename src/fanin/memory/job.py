@@ -45,8 +45,8 @@ class Job:
 
     @property
     def features(self) -> int:
-        """D' + V', with the words behind them."""
-        return self.inner + words_read(self.config.head, self.shape.vocabulary, self.inner)
+        """D' + C + V', with profiles and words behind them."""
+        return self.inner + sum(words_read(self.config.head, self.shape.vocabulary, self.inner, self.labels))
 
     def plan(self, baseline: int | None = None) -> Plan:
         """The prediction; `baseline` bytes of the process itself, on a CPU this one's where it is not given."""

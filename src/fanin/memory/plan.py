@@ -20,6 +20,7 @@ from fanin.kernels.layer import index_dtype
 from fanin.lexical import lexical_width
 from fanin.memory.shapes import EncoderShape
 from fanin.optim import CHUNK, MOMENTS
+from fanin.profiles import profile_count
 
 PARTS = ("baseline", "encoder", "encoder_optimizer", "activations", "head_weights", "indices", "head_optimizer", "buffers")
 _FLOAT = 4  # weights, gradients, and what is not said to be stored in less
@@ -143,10 +144,11 @@ def predict(
     whole, labels, own = labels, -(-labels // ranks), -(-batch // ranks)
     width = encoder.width(config)
     inner = head.intermediate or width
-    features = inner + words_read(head, encoder.vocabulary, inner)
+    profiles, words = words_read(head, encoder.vocabulary, inner, whole)
+    features = inner + profiles + words
     layer = head.intermediate * (width + 1)
     trained = encoder.parameters + layer
-    sizes = head_bytes(head, labels, features, momentum=config.train.momentum > 0)
+    sizes = head_bytes(head, labels, features, momentum=config.train.momentum > 0, profiles=profiles)
     meta = min(config.clusters.meta_labels, whole) if config.auxiliary.enabled else 0
     moments = MOMENTS[config.train.encoder_moments].itemsize
     checkpointing = config.encoder.checkpointing
@@ -162,7 +164,7 @@ def predict(
     waiting = _FLOAT * trained if config.train.accumulation > 1 else 0  # gradients of earlier micro-batches
     gradients = _FLOAT * (trained + meta * (width + 1))
     gathered = 3 * _FLOAT * batch * features if ranks > 1 else 0  # all ranks' x, as it comes and in order, and dx
-    step = step_buffers(head, labels, features, batch, device, features - inner) + gathered
+    step = step_buffers(head, labels, features, batch, device, words) + gathered
     # fused in float32: none; below it a chunk in float32 with its noise
     updating = 0 if moments == _FLOAT else 7 * _FLOAT * min(CHUNK, encoder.vocabulary * encoder.hidden)
     phases = {
@@ -193,13 +195,15 @@ def predict(
     )
 
 
-def words_read(head: HeadSettings, vocabulary: int, width: int) -> int:
-    """V': the lexical features that the head reads behind `width` of the encoder's."""
-    return lexical_width(vocabulary, width) if head.kind == "fixed_fan_in" and head.lexical else 0
+def words_read(head: HeadSettings, vocabulary: int, width: int, labels: int) -> tuple[int, int]:
+    """C and V': the profiles and words that the head reads behind `width` features of the encoder's."""
+    profiles = profile_count(head, labels)
+    words = lexical_width(vocabulary, width + profiles) if head.kind == "fixed_fan_in" and head.lexical else 0
+    return profiles, words
 
 
-def head_bytes(head: HeadSettings, labels: int, features: int, *, momentum: bool) -> dict[str, int]:
-    """What `heads.Head.bytes` gives for this head, without building it."""
+def head_bytes(head: HeadSettings, labels: int, features: int, *, momentum: bool, profiles: int = 0) -> dict[str, int]:
+    """What `model.Classifier.head_bytes` gives for this head, without building it; profiles: C, which every rank has."""
     entry = STORED[head.dtype].itemsize
     weights, indices = labels * features, 0
     if head.kind == "bottleneck":
@@ -209,11 +213,12 @@ def head_bytes(head: HeadSettings, labels: int, features: int, *, momentum: bool
         indices = -(-labels // head.group) * head.fan_in * index_dtype(features).itemsize
     state = _FLOAT if entry >= _FLOAT else 2
     compensation = 2 * weights if head.rounding == "kahan" and entry < _FLOAT else 0
+    beside = profiles * head.profiles
     return {
-        "weights": entry * weights,
-        "indices": indices,
+        "weights": entry * weights + _FLOAT * beside,
+        "indices": indices + index_dtype(features).itemsize * beside,
         "bias": _FLOAT * labels,
-        "optimizer": (state * weights + _FLOAT * labels if momentum else 0) + compensation,
+        "optimizer": (state * weights + _FLOAT * (labels + beside) if momentum else 0) + compensation,
     }
 
 

@@ -79,7 +79,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(config, classifier, tokens, steps, Path(folder))
         _make_moments(trainer.optimizer)
-        head = classifier.head.bytes()
+        head = classifier.head_bytes()
         peaks = Peaks(device)
         peaks.watch(trainer)
         peaks.begin("before")
@@ -90,7 +90,7 @@ def measure(
         kept = None
         if allocator and pinned:
             release_allocator()
-            classifier.head.prepare_training(config.train.momentum)
+            classifier.prepare_training()
             peaks.begin("before")
             trainer.total += 1
             trainer.run()
@@ -124,7 +124,11 @@ def random_classifier(
     if classifier.intermediate is not None:
         classifier.intermediate.to_empty(device=device).reset_parameters()
     if classifier.lexical is not None:
-        torch.nn.init.ones_(classifier.lexical.to_empty(device=device).idf)
+        lexical = classifier.lexical.to_empty(device=device)
+        torch.nn.init.ones_(lexical.idf)
+        if lexical.profiles is not None:
+            _spread(lexical.profiles.index, lexical.words)
+            torch.nn.init.ones_(lexical.profiles.weight)
     head: Any = classifier.head.to_empty(device=device)
     for name, buffer in head.named_buffers():
         if name == "index":

@@ -17,6 +17,7 @@ from fanin.files import InputError, atomic_path, read_json, write_json
 from fanin.memory.jobs import MIB, Job, available, measure_all
 from fanin.memory.plan import PARTS, head_bytes
 from fanin.memory.shapes import EncoderShape
+from fanin.profiles import profile_count
 
 MEASURED_LABELS = 200_000  # sizes of memory.scale_labels above it are predicted only
 RUN_SHARE, SCALE_SHARE = 0.9, 0.5  # of free memory: what a plan may take to be measured
@@ -127,7 +128,8 @@ def _scale(job: Job, measured: Mapping[str, Any] | None, baseline: int) -> dict[
 
 def _weights(job: Job) -> int:
     """Bytes of the trained head's weights and indices; the biases are the same in every head."""
-    sizes = head_bytes(job.config.head, job.labels, job.features, momentum=False)
+    head, profiles = job.config.head, profile_count(job.config.head, job.labels)
+    sizes = head_bytes(head, job.labels, job.features, momentum=False, profiles=profiles)
     return sizes["weights"] + sizes["indices"]
 
 

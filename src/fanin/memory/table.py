@@ -14,7 +14,7 @@ def title(job: Job) -> str:
     head, config = job.config.head, job.config
     sizes = {"fixed_fan_in": f"K = {head.fan_in}, G = {head.group}, {head.dtype}", "bottleneck": f"rank {head.bottleneck}"}
     shape = sizes.get(head.kind, "fp32")
-    words = f" and {job.features - job.inner} words" if job.features > job.inner else ""
+    words = f" and {job.features - job.inner} of words" if job.features > job.inner else ""
     share = f", {job.ranks} ranks (each rank's share)" if job.ranks > 1 else ""
     precision = str(job.precision).removeprefix("torch.")
     return (

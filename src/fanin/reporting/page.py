@@ -143,6 +143,7 @@ def head_in_words(config: Config, train: Mapping[str, Any]) -> str:
             changes.append(f"recoded{refitted} at {config.rewiring.recode_at:g} of training")
         shared = f", groups of {head.group}" if head.group > 1 else ""
         words = f" and {head.lexical} words" if head.lexical else ""
+        words += f" (frequent ones a profile of {head.profiles})" if train.get("profiles") else ""
         return f"fixed fan-in: each label reads {head.inner_fan_in}{over}{words}{shared}, {', '.join(changes) or 'static'}"
     if head.kind == "bottleneck":
         return f"dense bottleneck of {head.bottleneck}"

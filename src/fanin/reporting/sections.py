@@ -168,6 +168,8 @@ def fan_in(records: Records, config: Config) -> dict[str, Any] | None:
         "charts": [chart for chart in charts if chart is not None],
         "inner": config.head.inner_fan_in,
         "words": config.head.lexical,
+        "profiles": train.get("profiles"),
+        "profile_words": config.head.profiles,
         "features": len(use),
         "unread": int((ordered == 0).sum()),
         "most": int(ordered[0]) if len(ordered) else None,
