@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from embedded_corpus import write_corpus
-from fanin import sparse_coding, start, start_forms
+from fanin import sparse_coding, start, start_forms, start_ranking
 from fanin.centroids import load_label_documents
 from fanin.clusters import build_clusters
 from fanin.config import Config
@@ -22,6 +22,7 @@ from fanin.heads import Bottleneck, Dense, FixedFanIn, Head
 from fanin.kernels.layer import index_dtype
 from fanin.sparse_coding import decode, encode, kmeans_dictionary, learn_dictionary
 from fanin.start import build_start, whitening
+from fanin.start_ranking import Ranking
 
 LABELS, WIDTH, DOCUMENTS = 90, 16, 900
 
@@ -258,7 +259,7 @@ def test_chunked_equals_all_at_once(corpus, tmp_path, monkeypatch, config):
     whole, summary = run(corpus, config, tmp_path / "whole")
     monkeypatch.setattr(start, "CHUNK", 24)
     monkeypatch.setattr(start, "GATHER", 50)
-    monkeypatch.setattr(start, "SCORES", 60 * 7)
+    monkeypatch.setattr(start_ranking, "SCORES", 60 * 7)
     monkeypatch.setattr(sparse_coding, "CPU_BUDGET", 3000)
     monkeypatch.setattr(start_forms, "RANDOM_BUDGET", 64)
     pieces, again = run(corpus, config, tmp_path / "pieces")
@@ -510,7 +511,7 @@ def test_only_the_best_of_the_labels_without_weights_can_be_found():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(300, 8, generator=generator) * (torch.arange(300) % 3 == 0)[:, None]
     bias, z = torch.randn(300, generator=generator), torch.randn(20, 8, generator=generator)
-    ranking = start._Ranking(np.zeros((20, 8), np.float16), [np.array([0])] * 20, 300)
+    ranking = Ranking(np.zeros((20, 8), np.float16), [np.array([0])] * 20, 300)
     ranking.z, ranking.best = z, z.new_empty(20, 0)
     ranking.found = torch.empty(20, 0, dtype=torch.int64)
     names = np.random.default_rng(0).permutation(300)

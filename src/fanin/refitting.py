@@ -29,6 +29,8 @@ def refit(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, embeddings
     Rates, batches and momentum are those of training, with a warm-up and a cosine of its own. All of the classifier's ranks
     call this with the same arguments. Returns the steps made. Raises FloatingPointError where features are not finite.
     """
+    if not epochs:
+        return 0
     settings, ranks, device = classifier.config.train, classifier.ranks, classifier.device
     seed, pad_id = seed_of(classifier.config.seed, _STREAM) >> 1, classifier.tokenizer.pad_token_id or 0
     batches = Batches(tokens, rows, settings.batch, seed, pad_id, classifier.label_rows, ranks)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fanin.centroids import GATHER, LabelDocuments, load_embeddings, load_label_documents
+from fanin.centroids import GATHER, LabelDocuments, load_label_documents
 from fanin.config import Config
 from fanin.data.tokens import TokenSet
 from fanin.devices import choose_device
@@ -29,17 +29,14 @@ from fanin.kernels.layer import index_dtype
 from fanin.label_words import LIFT, LabelWords, choose_rows
 from fanin.lexical import NORM, lexical_width
 from fanin.profiles import profile_count
-from fanin.sparse_coding import decode
 from fanin.start_forms import Expressed, Whitening, fit_form
+from fanin.start_ranking import Ranking
 
 RIDGE = 0.05  # of the covariance, in mean eigenvalues
 SAMPLE = 32768  # labels that a dictionary is learnt from
 CHUNK = 4096  # labels worked on at once
-SCORES = 2**24  # scores of validation documents held at once
-RANKED = 2048  # validation documents ranked, at most
 HINGE_LIFT = 2.0  # squared hinge: from -1, where nearly all its targets are, to the margin at 1
 NEAREST = 0.5  # own documents nearer to the mean than this, in standard deviations, are lifted less: that is noise
-CUTOFFS = (1, 3, 5)
 
 
 def build_start(
@@ -62,7 +59,7 @@ def build_start(
         source = load_label_documents(tokens_folder, embeddings_folder)
         words = _words(config, Path(tokens_folder), Path(embeddings_folder), source)
         order = _order(Path(clusters_folder) / "order.npy", source.labels, config.head.group)
-        ranking = _Ranking.open(Path(tokens_folder), Path(embeddings_folder), source.labels, words)
+        ranking = Ranking.open(Path(tokens_folder), Path(embeddings_folder), source.labels, words)
         tensors, summary = start_from_data(config, source, order, ranking, words)
     summary = {"source": config.start.source, **summary}
     with atomic_path(out, directory=True) as folder:
@@ -74,7 +71,7 @@ def build_start(
 
 
 def start_from_data(
-    config: Config, source: LabelDocuments, order: np.ndarray, ranking: _Ranking, words: LabelWords | None = None
+    config: Config, source: LabelDocuments, order: np.ndarray, ranking: Ranking, words: LabelWords | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The head's state, its rows the labels in this order, and what start.json says of it but for the source."""
     head, device = config.head, choose_device(config.train.device)
@@ -175,71 +172,6 @@ def whitening(embeddings: np.ndarray, device: torch.device) -> Whitening:
     values = (values.clamp_min(0) + RIDGE * values.mean()).sqrt()
     matrix, inverse = (vectors * values**power @ vectors.T for power in (-1, 1))
     return Whitening(*(tensor.float().to(device) for tensor in (mean, matrix, inverse)))
-
-
-class _Ranking:
-    """The best labels of each validation document, as far as labels have been offered."""
-
-    def __init__(self, embeddings: np.ndarray, truth: list[np.ndarray], labels: int, words: Tensor | None = None) -> None:
-        self.embeddings, self.truth, self.labels = embeddings, truth, labels
-        self.words = words  # [C + V', N] lexical features of the documents
-        self.z = self.best = torch.empty(0)
-        self.found = torch.empty(0, dtype=torch.int64)
-
-    @classmethod
-    def open(cls, tokens_folder: Path, embeddings_folder: Path, labels: int, words: LabelWords | None = None) -> _Ranking:
-        """Raises InputError where the validation embeddings do not fit train.arrow."""
-        tokens = TokenSet.open(tokens_folder / "train.arrow")
-        names = ("validation.npy", "validation_documents.npy")
-        embeddings, documents = load_embeddings(embeddings_folder, *names, len(tokens))
-        every = max(-(-len(documents) // RANKED), 1)  # evenly: documents of a kind often lie together
-        embeddings, documents = embeddings[::every], documents[::every]
-        read = words.features(documents).T.contiguous() if words is not None else None
-        return cls(embeddings, tokens.labels(documents), labels, read)
-
-    def whiten(self, white: Whitening) -> None:
-        x = torch.from_numpy(self.embeddings.astype(np.float32)).to(white.mean.device)
-        self.z = (x - white.mean) @ white.matrix
-        self.words = None if self.words is None else self.words.to(x.device)
-        self.best = self.z.new_empty(len(x), 0)
-        self.found = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
-
-    def offer(
-        self, rows: Tensor, bias: Tensor, labels: np.ndarray, read: Tensor | None = None, weight: Tensor | None = None
-    ) -> None:
-        """Rank labels [n] among those before; rows [n, D], whitened; bias [n], mean logits; read, weight [n, K]: words."""
-        if not len(self.z):
-            return
-        says = rows.any(dim=1) if weight is None else rows.any(dim=1) | weight.any(dim=1)
-        blank = (~says).nonzero()[:, 0]  # they score their bias on every document: only the best can be found
-        if len(blank) > CUTOFFS[-1]:
-            kept = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-            kept[blank] = False
-            kept[blank[bias[blank].topk(CUTOFFS[-1]).indices]] = True
-            rows, bias, labels = rows[kept], bias[kept], labels[kept.cpu().numpy()]
-            if read is not None and weight is not None:
-                read, weight = read[kept], weight[kept]
-        some = max(SCORES // len(self.z), CUTOFFS[-1])
-        names = torch.from_numpy(labels.astype(np.int64)).to(rows.device)
-        for start in range(0, len(rows), some):
-            own, base, name = (tensor[start : start + some] for tensor in (rows, bias, names))
-            score = torch.addmm(base, self.z, own.T)
-            if read is not None and weight is not None and self.words is not None:
-                score += decode(read[start : start + some], weight[start : start + some], self.words).T
-            best, place = score.topk(min(CUTOFFS[-1], score.shape[1]), dim=1)
-            best, found = torch.cat([self.best, best], 1), torch.cat([self.found, name[place]], 1)
-            self.best, place = best.topk(min(CUTOFFS[-1], best.shape[1]), dim=1)
-            self.found = found.gather(1, place)
-
-    def precision(self) -> dict[str, float] | None:
-        """P@k in per cent, or None without validation documents."""
-        if not self.truth:
-            return None
-        document = np.repeat(np.arange(len(self.truth)), [len(own) for own in self.truth])
-        pairs = document * self.labels + np.concatenate(self.truth)
-        guesses = np.arange(len(self.truth))[:, None] * self.labels + self.found.cpu().numpy()
-        hits = np.isin(guesses, pairs)
-        return {f"P@{k}": round(100 * float(hits[:, :k].sum()) / (k * len(hits)), 3) for k in CUTOFFS}
 
 
 def _biases(config: Config, source: LabelDocuments, order: np.ndarray) -> Tensor:
