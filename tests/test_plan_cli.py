@@ -64,7 +64,10 @@ def test_the_table_shows_every_part_the_phase_and_the_verdict() -> None:
     assert " fits into " in shown
     assert "fits tightly, without slack, into" in table.table(plan, plan.need - 1)
     assert "does not fit into" in table.table(plan, plan.peak - 1)
-    assert "fixed_fan_in head (K = 64, G = 1, fp32), 670,091 labels, 768 features" in table.title(own)
+    assert "fixed_fan_in head (K = 64, G = 1, fp32), 670,091 labels, 768 features; encoder" in table.title(own)
+    words = table.title(a_job(head={"lexical": 8, "profiles": 64}))
+    assert "768 features, 8192 profiles and " in words
+    assert " words; encoder" in words
 
 
 def test_checkpointing_and_bf16_moments_take_less_and_say_where() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from fanin.memory.advice import Change
 from fanin.memory.job import MIB, Job
-from fanin.memory.plan import Plan
+from fanin.memory.plan import Plan, words_read
 
 
 def title(job: Job) -> str:
@@ -14,11 +14,12 @@ def title(job: Job) -> str:
     head, config = job.config.head, job.config
     sizes = {"fixed_fan_in": f"K = {head.fan_in}, G = {head.group}, {head.dtype}", "bottleneck": f"rank {head.bottleneck}"}
     shape = sizes.get(head.kind, "fp32")
-    words = f" and {job.features - job.inner} of words" if job.features > job.inner else ""
+    profiles, words = words_read(head, job.shape.vocabulary, job.inner, job.labels)
+    beside = (f", {profiles} profiles" if profiles else "") + (f" and {words} words" if words else "")
     share = f", {job.ranks} ranks (each rank's share)" if job.ranks > 1 else ""
     precision = str(job.precision).removeprefix("torch.")
     return (
-        f"{head.kind} head ({shape}), {job.labels:,} labels, {job.inner} features{words}; encoder {config.encoder.name}, "
+        f"{head.kind} head ({shape}), {job.labels:,} labels, {job.inner} features{beside}; encoder {config.encoder.name}, "
         f"batch {config.train.batch} x {job.tokens} tokens, {precision}, {job.device.type}{share}"
     )
 
