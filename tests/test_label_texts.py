@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fanin.files import InputError
-from fanin.model import LabelTexts
+from fanin.label_texts import LabelTexts
 
 
 def corpus_labels(folder: Path, texts: list[str]) -> Path:
