@@ -14,6 +14,7 @@ from fanin.kernels.layer import mix, random_bits, store
 from fanin.kernels.reference import Reference
 from fanin.kernels.triton import Triton
 from fanin.objectives import Positives
+from fanin.profiles import Profiles
 from fanin.rewiring import Schedule
 from layer_cases import BF16, FP8, FP32, case, check_given_features, check_rest, check_step, clone, error
 
@@ -240,3 +241,20 @@ def test_heads_as_on_the_cpu(kind, loss):
         back = copy.deepcopy(there).cpu()
         expected, _ = back.step(x, positives, lr=0.0, momentum=0.0, weight_decay=0.0, want_loss=False)
         assert error(dx, expected) < 1e-5
+
+
+def test_profiles_of_words():
+    """Sums, gradient and step as on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    own = Profiles(300, 64, 5000)
+    own.index.copy_(torch.rand(300, 5000, generator=generator).topk(64).indices.sort(dim=1).values)
+    own.weight.copy_(torch.randn(300, 64, generator=generator))
+    own.prepare_training(0.9)
+    words = torch.randn(128, 5000, generator=generator) * (torch.rand(128, 5000, generator=generator) < 0.01)
+    outer = torch.randn(128, 300, generator=generator)
+    other = copy.deepcopy(own).cuda()
+    torch.testing.assert_close(other(words.cuda()).cpu(), own(words), rtol=1e-4, atol=1e-4)
+    for one, x, g in ((own, words, outer), (other, words.cuda(), outer.cuda())):
+        one.step(one.gradient(x, g), 0.1, 0.9)
+    torch.testing.assert_close(other.weight.cpu(), own.weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other.momentum.cpu(), own.momentum, rtol=1e-4, atol=1e-4)

@@ -10,13 +10,16 @@ head's own rate and momentum. All profiles together take the bytes of one entry 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fanin.config import Head
 from fanin.files import InputError
 from fanin.kernels.layer import index_dtype
+
+if TYPE_CHECKING:
+    from fanin.config import Head
 
 EVERY = 64  # labels, of which the most frequent one has a profile
 MOST = 2**13  # profiles: features that an index of two bytes must name, beside the words and the encoder's
