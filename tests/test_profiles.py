@@ -17,7 +17,7 @@ from fanin.label_words import LIFT, LabelWords
 from fanin.lexical import NORM, Lexical
 from fanin.memory.plan import head_bytes, words_read
 from fanin.model import Classifier
-from fanin.profiles import Profiles, profile_count
+from fanin.profiles import Profiles, choose_profiled, profile_count
 from fanin.refitting import refit
 from fanin.start import build_start
 from tiny import tiny_tokenizer
@@ -72,6 +72,10 @@ def test_which_heads_have_profiles():
     assert profile_count(head, 10**8) == profiles.MOST
     for change in ({"profiles": 0}, {"lexical": 0}, {"group": 16}, {"kind": "dense"}):
         assert profile_count(dataclasses.replace(head, **change), 18_944) == 0
+    frequency = np.array([70, 3, 200, 64, 63, 90])
+    assert choose_profiled(frequency, 6, 64).tolist() == [2, 5, 0, 3]
+    assert choose_profiled(frequency, 2, 64).tolist() == [2, 5]
+    assert not len(choose_profiled(frequency, 6, 300))
     with pytest.raises(InputError, match=r"head\.profiles: 64 is above the 40 tokens of the encoder; lower it"):
         Lexical(40, 2, 64)
 
@@ -130,6 +134,25 @@ def test_the_most_frequent_labels_start_with_the_heaviest_words_of_their_documen
         else:
             assert torch.equal(indices, read[label] + 48 + COUNT)
             torch.testing.assert_close(weights, LIFT["bce"] / NORM * beside[label])
+
+
+def test_labels_with_fewer_documents_than_a_profile_has_words_have_none(project):
+    folder, config = project
+    data = folder / "data"
+    tokens, held_out = TokenSet.open(data / "tokens" / "train.arrow"), np.load(data / "embeddings" / "validation_documents.npy")
+    frequency = tokens.label_frequency(np.setdiff1d(np.arange(DOCUMENTS), held_out), LABELS)
+    words = int(np.sort(frequency)[-2])
+    some = int((frequency >= words).sum())
+    assert 2 <= some < COUNT
+    config.head = dataclasses.replace(config.head, profiles=words)
+    build_start(config, data / "tokens", data / "embeddings", data / "clusters", data / "start")
+    classifier = started(project)
+    assert len(classifier.lexical.profiles) == COUNT
+    assert classifier.lexical.profiles.weight[:some].any(dim=1).all()
+    assert not classifier.lexical.profiles.weight[some:].any()
+    read = classifier.head.index[:, 6:].to(torch.int64) - 48
+    assert sorted(read[read < COUNT].tolist()) == list(range(some))
+    train_in(folder, config, "few")
 
 
 def test_a_profile_s_label_scores_the_sum_of_its_words(project):

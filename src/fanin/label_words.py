@@ -35,7 +35,8 @@ def choose_rows(documents: int, embedded: np.ndarray, held_out: np.ndarray, seed
 class LabelWords:
     """The words of `labels` labels in the training documents `rows` (ascending), of `words` V' there are.
 
-    profiled: labels that have a profile of `profile_words` words, or None. lift: the length of a row's weights.
+    profiled: at most `profiles` labels that have a profile of `profile_words` words; the others of these stay without
+    weight. lift: the length of a row's weights.
     """
 
     def __init__(
@@ -46,12 +47,13 @@ class LabelWords:
         words: int,
         *,
         profiled: np.ndarray | None = None,
+        profiles: int = 0,
         profile_words: int = 0,
         lift: float = 1.0,
     ) -> None:
         self._tokens, self._rows, self.words, self._lift = tokens, rows, words, lift
         self._profiled = np.empty(0, np.int64) if profiled is None else profiled
-        self.lexical = Lexical(words, len(self._profiled), profile_words)
+        self.lexical = Lexical(words, profiles, profile_words)
         position = np.full(len(tokens), -1, np.int32)
         position[self._rows] = np.arange(len(self._rows), dtype=np.int32)
         self._offsets, self._members = invert(tokens, position, labels)
@@ -63,10 +65,10 @@ class LabelWords:
         self.lexical.idf.copy_(torch.from_numpy(self.idf))
         self._place = np.full(labels, -1, np.int64)  # of a label's profile
         self._place[self._profiled] = np.arange(len(self._profiled))
-        if self.lexical.profiles is not None:
+        if self.lexical.profiles is not None and len(self._profiled):
             index, weight = self._heaviest(self._profiled, profile_words, 1)
-            self.lexical.profiles.index.copy_(index)
-            self.lexical.profiles.weight.copy_(weight)
+            self.lexical.profiles.index[: len(index)] = index.to(self.lexical.profiles.index.dtype)
+            self.lexical.profiles.weight[: len(weight)] = weight
 
     @property
     def width(self) -> int:

@@ -1,10 +1,11 @@
 """Word profiles: rows of words of their own for the most frequent labels, each read by the head as one feature.
 
 A label of thousands of documents is told by many words, and a row of the head has room for a few; rows of two lengths would
-cost every kernel its one loop. So one label in `EVERY`, the most frequent ones, has a profile: `head.profiles` weighted words,
-whose sum over a document is a feature behind the encoder's, which the label's row reads in place of a word. The start makes it
-of the heaviest words of the label's documents; then it learns from what the head's step hands back for that feature, by the
-head's own rate and momentum. All profiles together take the bytes of one entry a label.
+cost every kernel its one loop. So one label in `EVERY`, the most frequent ones, has a profile, where it has the documents to
+learn one from: `head.profiles` weighted words, whose sum over a document is a feature behind the encoder's, which the label's
+row reads in place of a word. The start makes it of the heaviest words of the label's documents; then it learns from what the
+head's step hands back for that feature, by the head's own rate and momentum. All profiles together take the bytes of one entry
+a label.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,15 @@ def profile_count(head: Head, labels: int) -> int:
     """C: how many of `labels` labels have a profile. None where labels share their rows: they would share the profile too."""
     wanted = head.kind == "fixed_fan_in" and head.profiles and head.lexical and head.group == 1
     return min(labels // EVERY, MOST) if wanted else 0
+
+
+def choose_profiled(frequency: np.ndarray, count: int, words: int) -> np.ndarray:
+    """The labels with a profile of `words` words: the `count` most frequent, of those with as many training documents as words.
+
+    Fewer documents than weights teach a profile nothing that a short row does not know.
+    """
+    chosen = np.argsort(-frequency, kind="stable")[:count]
+    return chosen[frequency[chosen] >= words]
 
 
 class Profiles(nn.Module):

@@ -28,7 +28,7 @@ from fanin.files import InputError, atomic_path, read_json, write_json
 from fanin.kernels.layer import index_dtype
 from fanin.label_words import LIFT, LabelWords, choose_rows
 from fanin.lexical import NORM, lexical_width
-from fanin.profiles import profile_count
+from fanin.profiles import choose_profiled, profile_count
 from fanin.start_forms import Expressed, Whitening, fit_form
 from fanin.start_ranking import Ranking
 
@@ -142,7 +142,8 @@ def _words(config: Config, tokens_folder: Path, embeddings_folder: Path, source:
         rows,
         source.labels,
         lexical_width(read_json(tokens_folder / "tokens.json")["vocabulary"], inner),
-        profiled=np.argsort(-source.frequency, kind="stable")[:count],
+        profiled=choose_profiled(source.frequency, count, config.head.profiles),
+        profiles=count,
         profile_words=config.head.profiles,
         lift=LIFT[config.head.loss] / NORM,
     )
