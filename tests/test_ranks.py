@@ -28,6 +28,7 @@ from fanin.data.tokens import TokenSet, vocabulary_size
 from fanin.files import InputError
 from fanin.model import Classifier
 from fanin.ranks import ALONE, Ranks
+from fanin.refitting import refit
 from fanin.retrieval import rank as rank_documents
 from fanin.start import build_start
 from fanin.trainer import Trainer
@@ -83,6 +84,19 @@ def train_here(ranks: Ranks, folder: str, name: str, changes: dict, die: list | 
 def train_profiles_here(ranks: Ranks, folder: str, name: str, changes: dict) -> None:
     profiles.EVERY = 12  # so that five labels have one
     train_here(ranks, folder, name, changes)
+
+
+def refit_profiles_here(ranks: Ranks, folder: str, out: str, changes: dict) -> None:
+    """Two epochs of the head alone on made-up embeddings; every rank leaves its profiles."""
+    profiles.EVERY = 12
+    config = settings(Path(folder), changes)
+    classifier = Classifier.build(config, LABELS, ranks=ranks)
+    classifier.load_start(Path(folder) / "data/start/head.safetensors")
+    classifier.prepare_training()
+    rows = np.arange(0, 88, 2)  # the last batch is smaller than the number of ranks
+    embeddings = np.random.default_rng(0).normal(size=(len(rows), classifier.encoder.width)).astype(np.float16)
+    refit(classifier, TokenSet.open(Path(folder) / "data/tokens/train.arrow"), rows, embeddings, 2)
+    np.save(f"{out}-{ranks.rank}.npy", classifier.lexical.profiles.weight.numpy())
 
 
 def collectives(ranks: Ranks) -> None:
@@ -192,11 +206,12 @@ def test_other_heads(folder, together, changes, request):
 
 
 def test_words_and_profiles(tmp_path, together, monkeypatch):
-    """Every rank holds all profiles; they learn from all ranks' documents and labels, also while refitting."""
+    """Every rank holds all profiles; they learn from all ranks' documents and labels, in training and while refitting."""
     prepare(tmp_path)
     about = tmp_path / "data/tokens/tokens.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"vocabulary": vocabulary_size(tiny_tokenizer())}))
     changes = {"head.fan_in": 9, "head.lexical": 3, "head.profiles": 12, "start.source": "data"}
+    changes["rewiring.recode_at"] = 0.0  # rounding could choose other features
     monkeypatch.setattr(profiles, "EVERY", 12)
     data = tmp_path / "data"
     build_start(settings(tmp_path, changes), data / "tokens", data / "embeddings", data / "clusters", data / "start")
@@ -204,9 +219,18 @@ def test_words_and_profiles(tmp_path, together, monkeypatch):
         together.run(size, "test_ranks.train_profiles_here", str(tmp_path), str(size), changes)
     assert_close_runs(tmp_path, "1", "3")
     start, end = (load_file(tmp_path / part) for part in ("data/start/head.safetensors", "3/models/head.safetensors"))
-    moved = (end["lexical.profiles.weight"] - start["lexical.profiles.weight"]).abs()
-    assert len(moved) == 5
-    assert (moved.amax(dim=1) > 1e-3).all()
+    before = start["lexical.profiles.weight"]
+    used = before.any(dim=1)
+    assert len(before) == 5
+    assert used.any()
+    assert ((end["lexical.profiles.weight"] - before).abs().amax(dim=1) > 1e-3).equal(used)
+
+    for size in (1, 3):
+        together.run(size, "test_ranks.refit_profiles_here", str(tmp_path), str(tmp_path / f"refitted-{size}"), changes)
+    alone = np.load(tmp_path / "refitted-1-0.npy")
+    for rank in range(3):
+        np.testing.assert_allclose(np.load(tmp_path / f"refitted-3-{rank}.npy"), alone, rtol=1e-3, atol=1e-5)
+    assert (np.abs(alone - before.numpy()).max(axis=1) > 1e-3).tolist() == used.tolist()
 
 
 @pytest.mark.parametrize("size", [2, 4])
