@@ -152,7 +152,7 @@ def test_labels_with_fewer_documents_than_a_profile_has_words_have_none(project)
     assert not classifier.lexical.profiles.weight[some:].any()
     read = classifier.head.index[:, 6:].to(torch.int64) - 48
     assert sorted(read[read < COUNT].tolist()) == list(range(some))
-    train_in(folder, config, "few")
+    assert train_in(folder, config, "few")["profiles"] == some
 
 
 def test_a_profile_s_label_scores_the_sum_of_its_words(project):

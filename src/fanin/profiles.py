@@ -76,6 +76,10 @@ class Profiles(nn.Module):
         """words [B, V'] and the gradient of `forward`'s result [B, C] -> the weights' gradient [C, M]."""
         return torch.cat([torch.einsum("cmb,bc->cm", read, outer[:, own]) for own, read in self._read(words)])
 
+    def in_use(self) -> int:
+        """How many hold any weight: fewer than C where labels have too few documents."""
+        return int(self.weight.any(dim=1).sum())
+
     @torch.no_grad()
     def step(self, gradient: Tensor, lr: float, momentum: float) -> None:
         """One step of SGD, in place; `gradient` is overwritten."""
