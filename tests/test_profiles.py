@@ -14,8 +14,8 @@ from fanin.config import Head, check
 from fanin.data.tokens import TokenSet, vocabulary_size
 from fanin.files import InputError, read_json, write_json
 from fanin.label_words import LIFT, LabelWords
-from fanin.lexical import NORM, Lexical
-from fanin.memory.plan import head_bytes, words_read
+from fanin.lexical import NORM, Lexical, lexical_sizes
+from fanin.memory.plan import head_bytes
 from fanin.model import Classifier
 from fanin.profiles import Profiles, choose_profiled, profile_count
 from fanin.refitting import refit
@@ -227,7 +227,7 @@ def test_bytes_are_counted_with_the_head_s(project):
     _, config = project
     classifier = started(project)
     classifier.prepare_training()
-    assert words_read(config.head, VOCABULARY, 48, LABELS) == (COUNT, VOCABULARY)
+    assert lexical_sizes(config.head, VOCABULARY, 48, LABELS) == (COUNT, VOCABULARY)
     found = head_bytes(config.head, LABELS, classifier.head.width, momentum=True, profiles=COUNT)
     assert found == classifier.head_bytes()
     assert found["weights"] == 4 * (9 * LABELS + WORDS * COUNT)

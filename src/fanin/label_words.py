@@ -52,7 +52,7 @@ class LabelWords:
         lift: float = 1.0,
     ) -> None:
         self._tokens, self._rows, self.words, self._lift = tokens, rows, words, lift
-        self._profiled = np.empty(0, np.int64) if profiled is None else profiled
+        profiled = np.empty(0, np.int64) if profiled is None else profiled
         self.lexical = Lexical(words, profiles, profile_words)
         position = np.full(len(tokens), -1, np.int32)
         position[self._rows] = np.arange(len(self._rows), dtype=np.int32)
@@ -64,9 +64,9 @@ class LabelWords:
         self.idf = np.where(frequency > 0, np.log(max(len(self._rows), 1) / np.maximum(frequency, 1)), 0).astype(np.float32)
         self.lexical.idf.copy_(torch.from_numpy(self.idf))
         self._place = np.full(labels, -1, np.int64)  # of a label's profile
-        self._place[self._profiled] = np.arange(len(self._profiled))
-        if self.lexical.profiles is not None and len(self._profiled):
-            index, weight = self._heaviest(self._profiled, profile_words, 1)
+        self._place[profiled] = np.arange(len(profiled))
+        if self.lexical.profiles is not None and len(profiled):
+            index, weight = self._heaviest(profiled, profile_words, 1)
             self.lexical.profiles.index[: len(index)] = index.to(self.lexical.profiles.index.dtype)
             self.lexical.profiles.weight[: len(weight)] = weight
 

@@ -11,10 +11,15 @@ sums of `Profiles`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from fanin.profiles import Profiles
+from fanin.profiles import Profiles, profile_count
+
+if TYPE_CHECKING:
+    from fanin.config import Head
 
 NORM = 16.0  # of a document's words: of unit length, each would be so small that training hardly moved its weights
 _INDICES = 2**16  # features that an index of two bytes can name
@@ -24,6 +29,14 @@ def lexical_width(vocabulary: int, width: int) -> int:
     """V', the lexical features behind `width` of the encoder's: the vocabulary, or fewer (tokens then share some) where the
     head's indices would need more than two bytes."""
     return min(vocabulary, max(_INDICES - width, _INDICES // 2))
+
+
+def lexical_sizes(head: Head, vocabulary: int, width: int, labels: int) -> tuple[int, int]:
+    """C and V': the profiles and words that a head of `labels` labels reads behind `width` features of the encoder's."""
+    if head.kind != "fixed_fan_in" or not head.lexical:
+        return 0, 0
+    profiles = profile_count(head, labels)
+    return profiles, lexical_width(vocabulary, width + profiles)
 
 
 class Lexical(nn.Module):

@@ -24,8 +24,8 @@ from fanin.encoder import Encoder
 from fanin.files import InputError, atomic_path, read_json
 from fanin.heads import Head, build_head
 from fanin.label_texts import LabelTexts
-from fanin.lexical import Lexical, lexical_width
-from fanin.profiles import profile_count
+from fanin.lexical import Lexical, lexical_sizes
+from fanin.profiles import Profiles
 from fanin.ranks import ALONE, Ranks
 from fanin.rewiring import check_index
 from fanin.tensor_file import create_tensors, write_rows
@@ -99,12 +99,9 @@ class Classifier(nn.Module):
             raise InputError(
                 f"train.processes: {labels} labels in groups of {group} cannot be shared by {ranks.size} processes; use fewer"
             )
-        lexical, profiles = None, 0
-        if sparse and config.head.lexical:
-            profiles = profile_count(config.head, labels)
-            words = lexical_width(encoder.vocabulary, width + profiles)
-            lexical = Lexical(words, profiles, config.head.profiles)
-        read = lexical.width if lexical else 0
+        profiles, words = lexical_sizes(config.head, encoder.vocabulary, width, labels)
+        lexical = Lexical(words, profiles, config.head.profiles) if words else None
+        read = profiles + words
         head = build_head(config.head, labels, width + read, generator, ranks.share(labels, group), read, profiles)
         rows = None
         if config.head.group > 1:
@@ -120,6 +117,11 @@ class Classifier(nn.Module):
     @property
     def tokenizer(self) -> Any:
         return self.encoder.tokenizer
+
+    @property
+    def profiles(self) -> Profiles | None:
+        """The profiles of words, where the head reads any."""
+        return self.lexical.profiles if self.lexical is not None else None
 
     @property
     def labels(self) -> int:
@@ -162,34 +164,31 @@ class Classifier(nn.Module):
         return joined
 
     @torch.no_grad()
-    def step_profiles(self, read: Tensor, gradient: Tensor, lr: float) -> Tensor:
-        """Have the profiles of words learn; all ranks call this together.
+    def step_profiles(self, read: Tensor, gradient: Tensor, lr: float) -> None:
+        """Have the profiles of words learn, where there are any; all ranks call this together.
 
-        read [B, D' + C + V']: what the head read of this rank's documents; gradient [B, D' + C], what its step handed back of
-        them, times the factor of the head's own update. Returns the encoder's part [B, D'].
+        read [B, D' + C + V']: what the head read of this rank's documents; gradient [B, C]: what its step handed back for the
+        profiles' features, times the factor of the head's own update.
         """
-        profiles = self.lexical.profiles if self.lexical is not None else None
-        inner = self.head.inner
+        profiles = self.profiles
         if profiles is None:
-            return gradient
-        outer, words = gradient[:, inner:], read[:, self.head.learnt :]
-        own = profiles.gradient(words, outer) if len(read) else torch.zeros_like(profiles.weight)
+            return
+        own = profiles.gradient(read[:, self.head.learnt :], gradient) if len(read) else torch.zeros_like(profiles.weight)
         self.ranks.sum_([own])
         profiles.step(own, lr, self.config.train.momentum)
-        return gradient[:, :inner]
 
     def prepare_training(self) -> None:
         """Allocate the state of what learns by the head's own rule."""
         momentum = self.config.train.momentum
         self.head.prepare_training(momentum)
-        if self.lexical is not None and self.lexical.profiles is not None:
-            self.lexical.profiles.prepare_training(momentum)
+        if self.profiles is not None:
+            self.profiles.prepare_training(momentum)
 
     def finish_training(self) -> None:
         """Free it."""
         self.head.finish_training()
-        if self.lexical is not None and self.lexical.profiles is not None:
-            self.lexical.profiles.prepare_training(0.0)
+        if self.profiles is not None:
+            self.profiles.prepare_training(0.0)
 
     def features(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask [B, T] -> what the head reads [B, D' + C + V'] float32; no gradient."""
@@ -273,7 +272,7 @@ class Classifier(nn.Module):
         for key, value in state.items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise InputError(f"{source}: {key} holds NaN or infinite values; rerun the stage that writes it")
-        if self.lexical is not None and self.lexical.profiles is not None:
+        if self.lexical is not None and self.profiles is not None:
             try:
                 check_index(state[f"{_LEXICAL}profiles.index"], self.lexical.words)
             except ValueError as error:
@@ -320,7 +319,7 @@ class Classifier(nn.Module):
         """`Head.bytes` of all ranks together, profiles of words with them."""
         own = self.head.bytes()
         sizes = {name: int(size) for name, size in zip(own, self.ranks.total(list(own.values())), strict=True)}
-        profiles = self.lexical.profiles if self.lexical is not None else None
+        profiles = self.profiles
         if profiles is not None:  # they are rows of labels too, which every rank holds
             for name, tensor in (("weights", profiles.weight), ("indices", profiles.index), ("optimizer", profiles.momentum)):
                 sizes[name] += tensor.nbytes if tensor is not None else 0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fanin.files import InputError
-from fanin.kernels.layer import index_dtype
+from fanin.kernels.layer import Update, index_dtype
 
 if TYPE_CHECKING:
     from fanin.config import Head
@@ -83,9 +83,7 @@ class Profiles(nn.Module):
     @torch.no_grad()
     def step(self, gradient: Tensor, lr: float, momentum: float) -> None:
         """One step of SGD, in place; `gradient` is overwritten."""
-        if self.momentum is not None:
-            gradient = self.momentum.mul_(momentum).add_(gradient)
-        self.weight.add_(gradient, alpha=-lr)
+        Update(lr=lr, momentum=momentum).apply(self.weight, gradient, self.momentum)
 
     def _read(self, words: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Runs of profiles, with what their words are in each document [c, M, B]."""

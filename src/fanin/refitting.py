@@ -50,6 +50,6 @@ def refit(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, embeddings
             scale=scale,
             seed=seed + step,
         )
-        if head.learnt > head.inner:
-            classifier.step_profiles(features, ranks.scatter_sum(dx.mul_(scale)), lr)
+        if classifier.profiles is not None:
+            classifier.step_profiles(features, ranks.scatter_sum(dx[:, head.inner :] * scale), lr)
     return total

@@ -27,8 +27,8 @@ from fanin.devices import choose_device
 from fanin.files import InputError, atomic_path, read_json, write_json
 from fanin.kernels.layer import index_dtype
 from fanin.label_words import LIFT, LabelWords, choose_rows
-from fanin.lexical import NORM, lexical_width
-from fanin.profiles import choose_profiled, profile_count
+from fanin.lexical import NORM, lexical_sizes
+from fanin.profiles import choose_profiled
 from fanin.start_forms import Expressed, Whitening, fit_form
 from fanin.start_ranking import Ranking
 
@@ -135,13 +135,13 @@ def _words(config: Config, tokens_folder: Path, embeddings_folder: Path, source:
     tokens = TokenSet.open(tokens_folder / "train.arrow")
     embedded, held_out = (np.load(embeddings_folder / name) for name in ("documents.npy", "validation_documents.npy"))
     rows = choose_rows(len(tokens), embedded, held_out, config.seed)
-    count = profile_count(config.head, source.labels)
-    inner = (config.head.intermediate or source.width) + count
+    vocabulary, inner = read_json(tokens_folder / "tokens.json")["vocabulary"], config.head.intermediate or source.width
+    count, words = lexical_sizes(config.head, vocabulary, inner, source.labels)
     return LabelWords(
         tokens,
         rows,
         source.labels,
-        lexical_width(read_json(tokens_folder / "tokens.json")["vocabulary"], inner),
+        words,
         profiled=choose_profiled(source.frequency, count, config.head.profiles),
         profiles=count,
         profile_words=config.head.profiles,

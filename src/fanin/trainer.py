@@ -220,10 +220,11 @@ class Trainer:
                 self._skip(1, reason)
                 continue
             dx = ranks.scatter_sum(dx.mul_((1 - coefficient) * share))
-            dx = classifier.step_profiles(read, dx, settings.head_lr * factor)
+            inner = classifier.head.inner
+            classifier.step_profiles(read, dx[:, inner:], settings.head_lr * factor)
             if features is not None:
                 outputs: list[Tensor] = [features]
-                gradients: list[Tensor | None] = [dx]
+                gradients: list[Tensor | None] = [dx[:, :inner]]
                 if auxiliary is not None:
                     meta = auxiliary(embedding, own)
                     outputs.append(meta * (coefficient * share))

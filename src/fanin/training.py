@@ -132,7 +132,7 @@ def train(
             if classifier.intermediate is not None
             else 0,
             "lexical_bytes": classifier.lexical.idf.nbytes if classifier.lexical is not None else 0,
-            "profiles": classifier.lexical.profiles.in_use() if classifier.lexical and classifier.lexical.profiles else 0,
+            "profiles": classifier.profiles.in_use() if classifier.profiles is not None else 0,
             "dense_fp32_bytes": 4 * classifier.labels * classifier.encoder.width,
             "peak_rss_mib": ranks.most([_peak_rss_mib()])[0],  # of the fullest process
             "feature_use_start": use_before,

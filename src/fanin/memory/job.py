@@ -12,8 +12,9 @@ import torch
 
 from fanin.config import Config
 from fanin.files import InputError
+from fanin.lexical import lexical_sizes
 from fanin.memory.peaks import current
-from fanin.memory.plan import Plan, predict, words_read
+from fanin.memory.plan import Plan, predict
 from fanin.memory.shapes import EncoderShape
 
 MIB = 2**20
@@ -46,7 +47,7 @@ class Job:
     @property
     def features(self) -> int:
         """D' + C + V', with profiles and words behind them."""
-        return self.inner + sum(words_read(self.config.head, self.shape.vocabulary, self.inner, self.labels))
+        return self.inner + sum(lexical_sizes(self.config.head, self.shape.vocabulary, self.inner, self.labels))
 
     def plan(self, baseline: int | None = None) -> Plan:
         """The prediction; `baseline` bytes of the process itself, on a CPU this one's where it is not given."""

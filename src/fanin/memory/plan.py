@@ -17,10 +17,9 @@ from fanin.config import Head as HeadSettings
 from fanin.heads import STORED
 from fanin.heads.dense import ROUNDED
 from fanin.kernels.layer import index_dtype
-from fanin.lexical import lexical_width
+from fanin.lexical import lexical_sizes
 from fanin.memory.shapes import EncoderShape
 from fanin.optim import CHUNK, MOMENTS
-from fanin.profiles import profile_count
 
 PARTS = ("baseline", "encoder", "encoder_optimizer", "activations", "head_weights", "indices", "head_optimizer", "buffers")
 _FLOAT = 4  # weights, gradients, and what is not said to be stored in less
@@ -144,7 +143,7 @@ def predict(
     whole, labels, own = labels, -(-labels // ranks), -(-batch // ranks)
     width = encoder.width(config)
     inner = head.intermediate or width
-    profiles, words = words_read(head, encoder.vocabulary, inner, whole)
+    profiles, words = lexical_sizes(head, encoder.vocabulary, inner, whole)
     features = inner + profiles + words
     layer = head.intermediate * (width + 1)
     trained = encoder.parameters + layer
@@ -193,13 +192,6 @@ def predict(
         least_slack=_KEPT_LAYERS * encoder.layer(own, tokens, device, precision) if checkpointing and device == "cpu" else 0,
         phases=phases,
     )
-
-
-def words_read(head: HeadSettings, vocabulary: int, width: int, labels: int) -> tuple[int, int]:
-    """C and V': the profiles and words that the head reads behind `width` features of the encoder's."""
-    profiles = profile_count(head, labels)
-    words = lexical_width(vocabulary, width + profiles) if head.kind == "fixed_fan_in" and head.lexical else 0
-    return profiles, words
 
 
 def head_bytes(head: HeadSettings, labels: int, features: int, *, momentum: bool, profiles: int = 0) -> dict[str, int]:

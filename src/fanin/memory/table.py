@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from fanin.lexical import lexical_sizes
 from fanin.memory.advice import Change
 from fanin.memory.job import MIB, Job
-from fanin.memory.plan import Plan, words_read
+from fanin.memory.plan import Plan
 
 
 def title(job: Job) -> str:
@@ -14,7 +15,7 @@ def title(job: Job) -> str:
     head, config = job.config.head, job.config
     sizes = {"fixed_fan_in": f"K = {head.fan_in}, G = {head.group}, {head.dtype}", "bottleneck": f"rank {head.bottleneck}"}
     shape = sizes.get(head.kind, "fp32")
-    profiles, words = words_read(head, job.shape.vocabulary, job.inner, job.labels)
+    profiles, words = lexical_sizes(head, job.shape.vocabulary, job.inner, job.labels)
     beside = (f", {profiles} profiles" if profiles else "") + (f" and {words} words" if words else "")
     share = f", {job.ranks} ranks (each rank's share)" if job.ranks > 1 else ""
     precision = str(job.precision).removeprefix("torch.")
