@@ -258,6 +258,7 @@ def test_feature_use_counts_labels():
 def test_build_and_state_round_trip(kind):
     settings = HeadSettings(kind=kind, fan_in=4, bottleneck=4)
     one, two = build_head(settings, 30, 16, seeded(1)), build_head(settings, 30, 16, seeded(2))
+    assert (one.width, one.inner, one.learnt) == (16, 16, 16)
     assert not torch.equal(one.weight, two.weight)
     two.load_model_state(one.model_state(), "here")
     for key, value in one.model_state().items():

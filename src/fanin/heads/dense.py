@@ -135,7 +135,7 @@ class Bottleneck(Dense):
         bound = 1 / math.sqrt(width)
         projection = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
         super().__init__(labels, rank, loss, generator)
-        self.width = width
+        self.width = self.inner = self.learnt = width  # of x; what its labels read is the projection's
         self.register_buffer("projection", projection)
         self.prepare_training(0.0)
 
