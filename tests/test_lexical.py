@@ -24,7 +24,7 @@ from fanin.retrieval import rank
 from fanin.rewiring import Schedule
 from fanin.start import build_start
 from tiny import tiny_token_set, tiny_tokenizer
-from training_folder import DOCUMENTS, LABELS, assert_same_run, prepare, train_in
+from training_folder import DOCUMENTS, LABELS, assert_same_run, prepare, train_in, train_in_two_goes
 
 VOCABULARY = vocabulary_size(tiny_tokenizer())
 WORDS = 3
@@ -302,16 +302,7 @@ def test_training_stops_and_goes_on_with_words(project, method):
     folder, config = project
     config = dataclasses.replace(config, rewiring=dataclasses.replace(config.rewiring, method=method))
     train_in(folder, config, f"whole {method}")
-    stopped = []
-
-    def stop(metrics, step):
-        if step == 13 and not stopped and "loss" in metrics:
-            stopped.append(step)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_in(folder, config, f"parts {method}", log=stop)
-    train_in(folder, config, f"parts {method}")
+    train_in_two_goes(folder, config, f"parts {method}")
     assert_same_run(folder, f"whole {method}", f"parts {method}")
 
     trained = Classifier.load(folder / f"whole {method}" / "models")

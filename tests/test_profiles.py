@@ -21,7 +21,7 @@ from fanin.profiles import Profiles, choose_profiled, profile_count
 from fanin.refitting import refit
 from fanin.start import build_start
 from tiny import tiny_tokenizer
-from training_folder import DOCUMENTS, LABELS, assert_same_run, prepare, train_in
+from training_folder import DOCUMENTS, LABELS, assert_same_run, prepare, train_in, train_in_two_goes
 
 VOCABULARY = vocabulary_size(tiny_tokenizer())
 COUNT, WORDS = 5, 12
@@ -174,16 +174,7 @@ def test_training_stops_and_goes_on_with_profiles(project):
     before = started(project).lexical.profiles.weight.clone()
     summary = train_in(folder, config, "whole")
     assert summary["profiles"] == COUNT
-    stopped = []
-
-    def stop(metrics, step):
-        if step == 13 and not stopped and "loss" in metrics:
-            stopped.append(step)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_in(folder, config, "parts", log=stop)
-    train_in(folder, config, "parts")
+    train_in_two_goes(folder, config, "parts")
     assert_same_run(folder, "whole", "parts")
 
     trained = Classifier.load(folder / "whole" / "models")

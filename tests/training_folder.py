@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -83,6 +84,20 @@ def train_in(folder: Path, config: Config, name: str = "run", log=lambda metrics
         log=log,
         ranks=ranks,
     )
+
+
+def train_in_two_goes(folder: Path, config: Config, name: str) -> None:
+    """As `train_in`, but interrupted at step 13 and taken up again."""
+    stopped = []
+
+    def stop(metrics, step):
+        if step == 13 and not stopped and "loss" in metrics:
+            stopped.append(step)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_in(folder, config, name, log=stop)
+    train_in(folder, config, name)
 
 
 def make(path: Path) -> Path:
