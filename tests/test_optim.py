@@ -1,4 +1,4 @@
-"""AdamW with bfloat16 moments: beside torch's own, unbiased where plain rounding stands still, resumable bit for bit."""
+"""Documents that outweigh their batch, and AdamW with bfloat16 moments: beside torch's own, unbiased, resumable bit for bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fanin import optim
-from fanin.optim import AdamWBf16, adamw
+from fanin.optim import AdamWBf16, adamw, limit_outliers
 
 
 def layers() -> nn.Module:
@@ -27,6 +27,40 @@ def run(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> No
 
 def flat(module: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+def rows(*lengths: float) -> Tensor:
+    """Rows [n, 8] of these lengths in random directions."""
+    directions = torch.randn(len(lengths), 8, generator=torch.Generator().manual_seed(0))
+    return nn.functional.normalize(directions, dim=1) * torch.tensor(lengths)[:, None]
+
+
+def test_one_document_does_not_outweigh_its_batch() -> None:
+    before = rows(1, 2, 400, 1, 0, 3, 0.1)  # without the one of no gradient the median is 1
+    after = before.clone()
+    limit_outliers(after, before.norm(dim=1))
+    assert torch.equal(after[[0, 1, 3, 4, 6]], before[[0, 1, 3, 4, 6]])
+    assert after.norm(dim=1)[[2, 5]].tolist() == pytest.approx([3, 3], rel=1e-5)
+    assert nn.functional.cosine_similarity(after[2], before[2], dim=0) == pytest.approx(1)
+
+
+def test_all_ranks_documents_make_the_median() -> None:
+    whole, own = rows(1, 1, 1, 10, 20), rows(1, 1, 1, 10, 20)[3:]
+    norms = whole.norm(dim=1)
+    limit_outliers(own, norms)
+    limit_outliers(whole, norms)
+    assert torch.equal(own, whole[3:])
+    assert own.norm(dim=1).tolist() == pytest.approx([3, 3], rel=1e-5)
+
+
+def test_no_gradient_stays_none_and_nan_stays_nan() -> None:
+    nothing, bad = torch.zeros(3, 8), rows(1, 1, 1)
+    limit_outliers(nothing, torch.zeros(3))
+    assert not nothing.any()
+    bad[1, 4] = torch.nan
+    limit_outliers(bad, bad.norm(dim=1))
+    assert bad[1].isnan().any()
+    assert bad[[0, 2]].isfinite().all()
 
 
 def test_it_goes_where_adamw_goes() -> None:

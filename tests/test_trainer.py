@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from fanin import optim
 from fanin.checkpoint import list_checkpoints
 from fanin.data.tokens import TokenSet
 from fanin.files import InputError
@@ -53,6 +54,23 @@ def test_it_learns_the_training_set_by_heart(folder):
     learnt, before = (precision(match(r, *csr(tokens.labels(rows))))["P@1"] for r in (ranked, untrained))
     assert before < 20
     assert learnt > 90
+
+
+def test_no_document_outweighs_its_batch(folder, monkeypatch):
+    path, config, _ = folder
+    config = copy.deepcopy(config)
+    config.train.epochs = 0.5
+    monkeypatch.setattr(optim, "_OUTLIER", 1.5)
+    backward, longest = torch.autograd.backward, []
+
+    def spy(outputs, gradients):
+        lengths = gradients[0].norm(dim=1)
+        longest.append(float(lengths.max() / lengths.median()))
+        backward(outputs, gradients)
+
+    monkeypatch.setattr(torch.autograd, "backward", spy)
+    train_in(path, config, "even")
+    assert max(longest) == pytest.approx(1.5, rel=1e-5)
 
 
 def test_it_leaves_a_whole_model(folder):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHUNK = 2**20  # entries that `AdamWBf16` updates at once
 _HIGH = -(2**16)  # the bits of a float32 that bfloat16 keeps
+_OUTLIER = 3.0  # times a batch's median gradient, which one document's may not exceed
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
@@ -21,6 +22,19 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
     if step >= total:
         return 0.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def limit_outliers(gradient: Tensor, norms: Tensor) -> None:
+    """Shorten, in place, the rows of documents whose gradient is longer than `_OUTLIER` times the batch's median.
+
+    gradient [b, D]: the loss by what the encoder made of a rank's documents; norms [B]: the lengths of the rows of all ranks.
+    The loss sums over labels, so a document of hundreds of them outweighs its whole batch; met once, it makes Adam's second
+    moment so large that the encoder all but stands still for the next thousand steps. Documents without a gradient do not
+    count. Clipping by example: Abadi et al., CCS 2016; a limit that follows the data: Seetharaman et al., MLSP 2020.
+    """
+    limit = _OUTLIER * norms.masked_fill(norms == 0, math.nan).nanmedian().nan_to_num(nan=math.inf)
+    own = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+    gradient.mul_((limit / own.clamp_min_(torch.finfo(own.dtype).tiny)).clamp_(max=1))
 
 
 def adamw(

@@ -42,7 +42,7 @@ from fanin.files import InputError
 from fanin.metrics import csr, match, precision
 from fanin.model import Classifier
 from fanin.objectives import AuxiliaryObjective, Positives
-from fanin.optim import adamw, parameters_of, set_learning_rate, warmup_cosine
+from fanin.optim import adamw, limit_outliers, parameters_of, set_learning_rate, warmup_cosine
 from fanin.retrieval import rank
 from fanin.rewiring import Schedule
 from fanin.seeds import seed_of
@@ -222,9 +222,11 @@ class Trainer:
             dx = ranks.scatter_sum(dx.mul_((1 - coefficient) * share))
             inner = classifier.head.inner
             classifier.step_profiles(read, dx[:, inner:], settings.head_lr * factor)
+            outer = dx[:, :inner]
+            limit_outliers(outer, ranks.gather(torch.linalg.vector_norm(outer, dim=1), count))
             if features is not None:
                 outputs: list[Tensor] = [features]
-                gradients: list[Tensor | None] = [dx[:, :inner]]
+                gradients: list[Tensor | None] = [outer]
                 if auxiliary is not None:
                     meta = auxiliary(embedding, own)
                     outputs.append(meta * (coefficient * share))
