@@ -38,7 +38,7 @@ def rows(*lengths: float) -> Tensor:
 def test_one_document_does_not_outweigh_its_batch() -> None:
     before = rows(1, 2, 400, 1, 0, 3, 0.1)  # without the one of no gradient the median is 1
     after = before.clone()
-    limit_outliers(after, before.norm(dim=1))
+    limit_outliers(after, before.norm(dim=1), before.norm(dim=1))
     assert torch.equal(after[[0, 1, 3, 4, 6]], before[[0, 1, 3, 4, 6]])
     assert after.norm(dim=1)[[2, 5]].tolist() == pytest.approx([3, 3], rel=1e-5)
     assert nn.functional.cosine_similarity(after[2], before[2], dim=0) == pytest.approx(1)
@@ -47,18 +47,18 @@ def test_one_document_does_not_outweigh_its_batch() -> None:
 def test_all_ranks_documents_make_the_median() -> None:
     whole, own = rows(1, 1, 1, 10, 20), rows(1, 1, 1, 10, 20)[3:]
     norms = whole.norm(dim=1)
-    limit_outliers(own, norms)
-    limit_outliers(whole, norms)
+    limit_outliers(own, norms[3:], norms)
+    limit_outliers(whole, norms, norms)
     assert torch.equal(own, whole[3:])
     assert own.norm(dim=1).tolist() == pytest.approx([3, 3], rel=1e-5)
 
 
 def test_no_gradient_stays_none_and_nan_stays_nan() -> None:
     nothing, bad = torch.zeros(3, 8), rows(1, 1, 1)
-    limit_outliers(nothing, torch.zeros(3))
+    limit_outliers(nothing, torch.zeros(3), torch.zeros(3))
     assert not nothing.any()
     bad[1, 4] = torch.nan
-    limit_outliers(bad, bad.norm(dim=1))
+    limit_outliers(bad, bad.norm(dim=1), bad.norm(dim=1))
     assert bad[1].isnan().any()
     assert bad[[0, 2]].isfinite().all()
 

@@ -67,7 +67,7 @@ class LabelWords:
         self._place[profiled] = np.arange(len(profiled))
         if self.lexical.profiles is not None and len(profiled):
             index, weight = self._heaviest(profiled, profile_words, 1)
-            self.lexical.profiles.index[: len(index)] = index.to(self.lexical.profiles.index.dtype)
+            self.lexical.profiles.index[: len(index)] = index
             self.lexical.profiles.weight[: len(weight)] = weight
 
     @property

@@ -24,18 +24,18 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
-def limit_outliers(gradient: Tensor, norms: Tensor) -> None:
+def limit_outliers(gradient: Tensor, own: Tensor, everyone: Tensor) -> None:
     """Shorten, in place, the rows of documents whose gradient is longer than `_OUTLIER` times the batch's median.
 
-    gradient [b, D]: the loss by what the encoder made of a rank's documents; norms [B]: the lengths of the rows of all ranks.
+    gradient [b, D]: the loss by what the encoder made of a rank's documents; own [b], everyone [B]: the lengths of its rows,
+    and of the rows of all ranks.
     The loss sums over labels: a document of hundreds of them, or one that hundreds of rows fire on by mistake, outweighs its
     whole batch, and makes Adam's second moment so large that the encoder all but stands still for the next thousand steps.
     Documents without a gradient do not count. Clipping by example: Abadi et al., CCS 2016; a limit that follows the data:
     Seetharaman et al., MLSP 2020.
     """
-    limit = _OUTLIER * norms.masked_fill(norms == 0, math.nan).nanmedian().nan_to_num(nan=math.inf)
-    own = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
-    gradient.mul_((limit / own.clamp_min_(torch.finfo(own.dtype).tiny)).clamp_(max=1))
+    limit = _OUTLIER * everyone.masked_fill(everyone == 0, math.nan).nanmedian().nan_to_num(nan=math.inf)
+    gradient.mul_((limit / own.clamp_min(torch.finfo(own.dtype).tiny)).clamp_(max=1)[:, None])
 
 
 def adamw(

@@ -223,7 +223,8 @@ class Trainer:
             inner = classifier.head.inner
             classifier.step_profiles(read, dx[:, inner:], settings.head_lr * factor)
             outer = dx[:, :inner]
-            limit_outliers(outer, ranks.gather(torch.linalg.vector_norm(outer, dim=1), count))
+            lengths = torch.linalg.vector_norm(outer, dim=1)
+            limit_outliers(outer, lengths, ranks.gather(lengths, count))
             if features is not None:
                 outputs: list[Tensor] = [features]
                 gradients: list[Tensor | None] = [outer]
