@@ -1,6 +1,6 @@
 """What a GPU machine can tell in one call of under ten minutes: the tests marked gpu, the layer's benchmark, memory records.
 
-Needs torch, triton, numpy, safetensors and pytest; neither mlflow nor dvc. The memory records (Amazon-3M's shape, sparse and
+Needs torch, triton, numpy, safetensors and pytest (with pytest-xdist it is faster); neither mlflow nor dvc. The memory records (Amazon-3M's shape, sparse and
 dense, and 1,000,000,000 labels) also need transformers, omegaconf and psutil; where those are missing they are left out, and
 named. Wheels unpacked into a folder that PYTHONPATH names will do. Records and what was printed go to the folder named in
 $OUT, else to benchmarks/results/.
@@ -33,7 +33,11 @@ def main() -> int:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1"}
     end = time.monotonic() + SECONDS
     pytest = ["-m", "pytest", "-q", "-o", "addopts=", "-m", "gpu and not slow", *TESTS]
-    code = run(pytest, out / "gpu_tests.txt", environment, min(240, end - time.monotonic()))
+    workers = min((os.cpu_count() or 1) // 2, 10)  # most of their time goes into compiling kernels
+    if importlib.util.find_spec("xdist") and workers > 1:
+        pytest += ["-n", str(workers)]
+    threads = {"OMP_NUM_THREADS": "2"}
+    code = run(pytest, out / "gpu_tests.txt", environment | threads, min(240, end - time.monotonic()))
     # the goals first: should the time run out, what is there has been kept
     layer = ["benchmarks/classifier_step.py", "--out", str(out), "--only"]
     work = {f"classifier_step_{only}": [*layer, only] for only in ("step", "topk", "rewire", "growth")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -26,7 +27,10 @@ def device_name() -> str:
 
 
 def provenance(project: Path = RESULTS) -> dict[str, Any]:
-    """Device, versions and the commit of `project` ("-dirty" where tracked files differ from it)."""
+    """Device, versions and the commit of `project` ("-dirty" where tracked files differ from it).
+
+    A copy without .git has the commit from the environment, as FANIN_COMMIT.
+    """
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=project, capture_output=True, text=True, check=False
     )
@@ -34,7 +38,7 @@ def provenance(project: Path = RESULTS) -> dict[str, Any]:
         "device": device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": described.stdout.strip() or "unknown",
+        "commit": described.stdout.strip() or os.environ.get("FANIN_COMMIT", "unknown"),
     }
 
 

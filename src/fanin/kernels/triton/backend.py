@@ -198,7 +198,8 @@ class Triton(Backend):
             state.compensation, labels, documents, ranges, g, old, dxt, out, losses, *_numbers(update),
             part.first, offset, part.labels, part.fan_in, plan.batch, plan.stride, tiles,
             MODE=getattr(modes, mode).value, LOSS=loss, ATOMIC=dxt is not None,
-            BLOCK_L=block_l, BLOCK_K=config.block_k, BLOCK_B=config.block_b, num_warps=config.warps,
+            BLOCK_L=block_l, BLOCK_K=config.block_k, BLOCK_B=config.block_b, WHOLE_B=plan.batch == plan.stride,
+            **_options(config),
         )  # fmt: skip
 
     def _run_grouped(
@@ -220,7 +221,7 @@ class Triton(Backend):
             part.first, offset, part.labels, part.group, part.fan_in, plan.batch, plan.stride, tiles,
             MODE=getattr(modes, mode).value, LOSS=loss, ATOMIC=atomic is not None, TILES=plan.tiles_per_group,
             REPEAT=plan.topk_repeat() if mode == "MAXIMA" else 1, K_BLOCKS=-(-part.fan_in // config.block_k),
-            BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b, **_options(config),
+            BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b, **_whole(plan), **_options(config),
         )  # fmt: skip
 
     def _run_backward(
@@ -235,7 +236,7 @@ class Triton(Backend):
             state.compensation, g, None if dx is None else dx.rows, atomic, out, *_numbers(update),
             part.first, part.labels, part.group, part.fan_in, plan.batch, plan.stride,
             ATOMIC=atomic is not None, UPDATE=update is not None, TILES=plan.tiles_per_group,
-            BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b,
+            BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b, **_whole(plan),
             **_options(config, capped=part.weight.itemsize > 1),
         )  # fmt: skip
 
@@ -288,6 +289,10 @@ def _options(config: configs.Single | configs.Grouped, capped: bool = True) -> d
     """capped: with the configuration's limit on registers (decoding float8 in a loop over documents takes more)."""
     registers = getattr(config, "registers", None) if capped else None
     return {"num_warps": config.warps} | ({} if registers is None else {"maxnreg": registers})
+
+
+def _whole(plan: Plan) -> dict[str, bool]:
+    return {"WHOLE_K": plan.fan_in % plan.config.block_k == 0, "WHOLE_B": plan.batch == plan.stride}
 
 
 def _numbers(update: Update | None) -> tuple[float | int, ...]:

@@ -20,12 +20,16 @@ PICK_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Single:
-    """G = 1. A program works through BLOCK_L labels with [BLOCK_K, BLOCK_B] gathered features each."""
+    """G = 1. A program works through BLOCK_L labels with [BLOCK_K, BLOCK_B] gathered features each.
+
+    registers: as in Grouped.
+    """
 
     block_l: int
     block_k: int
     block_b: int
     warps: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,19 @@ import triton
 import triton.language as tl
 
 from fanin.kernels.triton.storage import decode, operand, place_of, product, rounded
-from fanin.kernels.triton.update import LOGITS, MAXIMA, SLOPES, is_positive, loss_of, slope, update_bias, update_weights
+from fanin.kernels.triton.update import LOGITS, MAXIMA, SLOPES, at_positives, loss_of, slope, update_bias, update_weights
 
 
 @triton.jit
-def _gather(xt, weight, index, row, begin, m, in_tile, k, columns, fan_in, stride):
-    """One block of a tile's fan-in, one of documents: which entries k there are, their features, rows of xt, and weights."""
-    in_row = k < fan_in
+def _gather(xt, weight, index, row, begin, m, in_tile, k, columns, fan_in, stride, WHOLE_K: tl.constexpr):
+    """One block of a tile's fan-in, one of documents: which entries k there are, their features, rows of xt, and stored
+    weights. WHOLE_K: the fan-in is whole blocks, so that no entry needs a mask."""
+    in_row = tl.full(k.shape, True, tl.int1) if WHOLE_K else k < fan_in
     feature = tl.load(index + place_of(row, fan_in) + k, mask=in_row, other=0)
     x = tl.load(xt + place_of(feature, stride)[:, None] + columns[None, :], mask=in_row[:, None], other=0)
     mask = in_tile[:, None] & in_row[None, :]
     w = tl.load(weight + place_of(begin, fan_in) + (m[:, None] * fan_in + k[None, :]), mask=mask, other=0)
-    return in_row, feature, x, operand(w)
+    return in_row, feature, x, w
 
 
 @triton.jit
@@ -77,6 +78,8 @@ def grouped(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    WHOLE_K: tl.constexpr,  # the fan-in is whole blocks of BLOCK_K
+    WHOLE_B: tl.constexpr,  # the batch is whole blocks of BLOCK_B
 ):
     """One tile of labels with one block of documents (STEP: all of them)."""
     columns = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -91,10 +94,16 @@ def grouped(
         if REPEAT > 1:
             row = tl.minimum(row, (total - 1) // group)  # the last maximum may be of fewer tiles
         z = tl.zeros([BLOCK_M, BLOCK_B], tl.float32)
-        for block in tl.range(K_BLOCKS, num_stages=2):
-            kk = block * BLOCK_K + k
-            _, _, x, w = _gather(xt, weight, index, row, begin, m, in_tile, kk, columns, fan_in, stride)
-            z = product(w, x, z)
+        if K_BLOCKS == 1:
+            in_row, feature, x, raw = _gather(xt, weight, index, row, begin, m, in_tile, k, columns, fan_in, stride, WHOLE_K)
+            # one turn, unknown to the compiler: it would have warps make z twice, for the product that follows
+            for _ in tl.range(tl.cdiv(fan_in, BLOCK_K), num_stages=1):
+                z = product(operand(raw), x, z)
+        else:
+            for block in tl.range(K_BLOCKS, num_stages=2):
+                kk = block * BLOCK_K + k
+                _, _, xk, rawk = _gather(xt, weight, index, row, begin, m, in_tile, kk, columns, fan_in, stride, WHOLE_K)
+                z = product(operand(rawk), xk, z)
         if bias is not None:
             z += tl.load(bias + begin + m, mask=in_tile, other=0)[:, None]
         if MODE == MAXIMA:
@@ -103,29 +112,38 @@ def grouped(
             here = place_of(begin, stride) + (m[:, None] * stride + columns[None, :])
             tl.store(out + here, z, mask=in_tile[:, None])
         else:
-            found = is_positive(
-                m[:, None], columns[None, :], labels, documents,
-                tl.load(ranges + tile), tl.load(ranges + tile + 1), offset + begin,
-            )  # fmt: skip
-            inside = in_tile[:, None] & (columns < batch)[None, :]
+            start, end = tl.load(ranges + tile), tl.load(ranges + tile + 1)
             if losses is not None:
-                value = tl.where(inside, loss_of(z, found, LOSS), 0.0)
+                value = loss_of(z, LOSS)
+                value = at_positives(
+                    value, z, m[:, None], columns[None, :], labels, documents, start, end, offset + begin, LOSS, False
+                )
+                value = tl.where(in_tile[:, None] & (columns < batch)[None, :], value, 0.0)
                 tl.store(losses + tile * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(value, 1), 0))
-            slopes = tl.where(inside, slope(z, found, LOSS), 0.0)
+            # pads of a tile have weights of 0, and pads of the batch x of 0: what their slopes are reaches no sum but the bias's
+            slopes = slope(z, LOSS)
+            slopes = at_positives(
+                slopes, z, m[:, None], columns[None, :], labels, documents, start, end, offset + begin, LOSS, True
+            )
             short = rounded(slopes, xt)
             if MODE == SLOPES:
                 here = place_of(begin, stride) + (m[:, None] * stride + columns[None, :])
                 tl.store(g + here, short, mask=in_tile[:, None])
             else:
                 if bias is not None:
-                    update_bias(tl.sum(slopes, 1), bias, bias_momentum, begin + m, in_tile, lr, mu, scale)
-                for block in tl.range(K_BLOCKS, num_stages=1):
+                    own = slopes if WHOLE_B else tl.where((columns < batch)[None, :], slopes, 0.0)
+                    update_bias(tl.sum(own, 1), bias, bias_momentum, begin + m, in_tile, lr, mu, scale)
+                for block in tl.static_range(K_BLOCKS):
                     kk = block * BLOCK_K + k
-                    # gathered again, now from the L1 cache: held until here it would take too many registers
-                    in_row, feature, x, w = _gather(xt, weight, index, row, begin, m, in_tile, kk, columns, fan_in, stride)
-                    _add_dx(w, short, feature, in_row, dx_rows, dxt, tile, kk, columns, fan_in, batch, stride, ATOMIC)
+                    if K_BLOCKS > 1:  # gathered again, now from the L1 cache: to hold all of it would take too much
+                        in_row, feature, x, raw = _gather(
+                            xt, weight, index, row, begin, m, in_tile, kk, columns, fan_in, stride, WHOLE_K
+                        )
+                    _add_dx(
+                        operand(raw), short, feature, in_row, dx_rows, dxt, tile, kk, columns, fan_in, batch, stride, ATOMIC
+                    )
                     update_weights(
-                        product(short, tl.trans(x), tl.zeros([BLOCK_M, BLOCK_K], tl.float32)),
+                        product(short, tl.trans(x), tl.zeros([BLOCK_M, BLOCK_K], tl.float32)), raw,
                         weight, momentum, compensation, place_of(begin, fan_in), m[:, None] * fan_in + kk[None, :],
                         in_tile[:, None] & in_row[None, :], place_of(first + begin, fan_in),
                         lr, mu, decay, scale, seed, momentum_seed,
@@ -168,6 +186,8 @@ def grouped_backward(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    WHOLE_K: tl.constexpr,  # the fan-in is whole blocks of BLOCK_K
+    WHOLE_B: tl.constexpr,  # the batch is whole blocks of BLOCK_B
 ):
     """One tile of labels and one block of its fan-in, over all documents, from given slopes: gradients, or the update."""
     tile = tl.program_id(0).to(tl.int64)
@@ -183,19 +203,20 @@ def grouped_backward(
         columns = column + tl.arange(0, BLOCK_B)
         here = place_of(begin, stride) + (m[:, None] * stride + columns[None, :])
         slopes = tl.load(g + here, mask=in_tile[:, None], other=0)
-        in_row, feature, x, w = _gather(xt, weight, index, row, begin, m, in_tile, k, columns, fan_in, stride)
+        in_row, feature, x, raw = _gather(xt, weight, index, row, begin, m, in_tile, k, columns, fan_in, stride, WHOLE_K)
         if UPDATE and bias is not None:
-            db += tl.sum(decode(slopes), 1)
+            db += tl.sum(decode(slopes) if WHOLE_B else tl.where((columns < batch)[None, :], decode(slopes), 0.0), 1)
         if UPDATE or out is not None:
             dw = product(slopes, tl.trans(x), dw)
         if ATOMIC or dx_rows is not None:
-            _add_dx(w, slopes, feature, in_row, dx_rows, dxt, tile, k, columns, fan_in, batch, stride, ATOMIC)
+            _add_dx(operand(raw), slopes, feature, in_row, dx_rows, dxt, tile, k, columns, fan_in, batch, stride, ATOMIC)
         column += BLOCK_B
     offset = m[:, None] * fan_in + k[None, :]
     mask = in_tile[:, None] & (k < fan_in)[None, :]
     if UPDATE:
         update_weights(
-            dw, weight, momentum, compensation, place_of(begin, fan_in), offset, mask, place_of(first + begin, fan_in),
+            dw, tl.load(weight + place_of(begin, fan_in) + offset, mask=mask, other=0),
+            weight, momentum, compensation, place_of(begin, fan_in), offset, mask, place_of(first + begin, fan_in),
             lr, mu, decay, scale, seed, momentum_seed,
         )  # fmt: skip
         if bias is not None:

@@ -14,8 +14,8 @@ from fanin.kernels.triton.update import (
     LOGITS,
     MAXIMA,
     STEP,
+    at_positives,
     end_of_run,
-    is_positive,
     loss_of,
     slope,
     update_bias,
@@ -62,6 +62,7 @@ def single(
     BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    WHOLE_B: tl.constexpr,  # the batch is whole blocks of BLOCK_B
 ):
     """One tile of BLOCK_L labels, one after another; over all documents (STEP, BACKWARD) or one block of them."""
     tile = tl.program_id(0).to(tl.int64)
@@ -76,16 +77,28 @@ def single(
     if MODE == STEP:
         positive = tl.load(ranges + tile)
         positives_end = tl.load(ranges + tile + 1)
+        gradients = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
+        bias_gradients = tl.zeros([BLOCK_L], tl.float32)
+    i = tl.arange(0, BLOCK_L)
     loss = tl.zeros([BLOCK_B], tl.float32)
     highest = tl.full([BLOCK_B], float("-inf"), tl.float32)
 
+    # a label's row is asked for while the one before is worked on: it comes from memory, the features from a cache
+    begin = place_of(label, fan_in)
+    next_feature = tl.load(index + begin + k, mask=in_row, other=0)
+    next_raw = tl.load(weight + begin + k, mask=in_row, other=0)
+    next_c = 0.0
+    if bias is not None:
+        next_c = tl.load(bias + label)
     while label < label_end:
         begin = place_of(label, fan_in)
-        feature = tl.load(index + begin + k, mask=in_row, other=0)
-        w = decode(tl.load(weight + begin + k, mask=in_row, other=0))
-        c = 0.0
+        feature, raw, c = next_feature, next_raw, next_c
+        more = in_row & (label + 1 < label_end)
+        next_feature = tl.load(index + begin + fan_in + k, mask=more, other=0)
+        next_raw = tl.load(weight + begin + fan_in + k, mask=more, other=0)
         if bias is not None:
-            c = tl.load(bias + label)
+            next_c = tl.load(bias + label + 1, mask=label + 1 < label_end, other=0.0)
+        w = decode(raw)
         if MODE == STEP:
             next_positive = end_of_run(labels, positive, positives_end, offset + label)
         dw = tl.zeros([BLOCK_K], tl.float32)
@@ -105,10 +118,18 @@ def single(
                 elif MODE == MAXIMA:
                     highest = tl.maximum(highest, z)
                 else:
-                    found = is_positive(columns * 0, columns, labels, documents, positive, next_positive, offset + label)
-                    slopes = tl.where(columns < batch, slope(z, found, LOSS), 0.0)
                     if losses is not None:
-                        loss += tl.where(columns < batch, loss_of(z, found, LOSS), 0.0)
+                        value = at_positives(
+                            loss_of(z, LOSS), z, columns * 0, columns, labels, documents, positive, next_positive,
+                            offset + label, LOSS, False,
+                        )  # fmt: skip
+                        loss += tl.where(columns < batch, value, 0.0)
+                    slopes = at_positives(
+                        slope(z, LOSS), z, columns * 0, columns, labels, documents, positive, next_positive,
+                        offset + label, LOSS, True,
+                    )  # fmt: skip
+                    if not WHOLE_B:
+                        slopes = tl.where(columns < batch, slopes, 0.0)
                     db += tl.sum(slopes, 0)
                     if not ATOMIC:
                         tl.store(g + here, rounded(slopes, g))
@@ -122,19 +143,28 @@ def single(
         if MODE == BACKWARD and out is not None:
             tl.store(out + begin + k, dw, mask=in_row)
         if MODE == STEP:
-            raw = update_weights(
-                dw, weight, momentum, compensation, begin, k, in_row, begin + place_of(first, fan_in),
-                lr, mu, decay, scale, seed, momentum_seed,
-            )  # fmt: skip
-            if not ATOMIC:
-                tl.store(old + begin + k, raw, mask=in_row)
-            if bias is not None:
-                update_bias(db, bias, bias_momentum, label, True, lr, mu, scale)
+            # kept for all labels of the tile: to update one at a time would do each weight in many lanes
+            gradients = tl.where((tile * BLOCK_L + i == label)[:, None], dw[None, :], gradients)
+            bias_gradients = tl.where(tile * BLOCK_L + i == label, db, bias_gradients)
             positive = next_positive
         label += 1
 
     if MODE == MAXIMA:
         columns = column_begin + tl.arange(0, BLOCK_B)
         tl.store(out + place_of(columns, maxima_stride) + tile, highest, mask=columns < batch)
-    if MODE == STEP and losses is not None:
-        tl.store(losses + tile, tl.sum(loss, 0))
+    if MODE == STEP:
+        own = tile * BLOCK_L + i
+        begin = place_of(tile * BLOCK_L, fan_in)
+        offset = i[:, None] * fan_in + k[None, :]
+        mask = (own < total)[:, None] & in_row[None, :]
+        raw = tl.load(weight + begin + offset, mask=mask, other=0)
+        if not ATOMIC:
+            tl.store(old + begin + offset, raw, mask=mask)
+        update_weights(
+            gradients, raw, weight, momentum, compensation, begin, offset, mask, begin + place_of(first, fan_in),
+            lr, mu, decay, scale, seed, momentum_seed,
+        )  # fmt: skip
+        if bias is not None:
+            update_bias(bias_gradients, bias, bias_momentum, own, own < total, lr, mu, scale)
+        if losses is not None:
+            tl.store(losses + tile, tl.sum(loss, 0))
