@@ -1,9 +1,9 @@
 """What a GPU machine can tell in one call of under ten minutes: the tests marked gpu, the layer's benchmark, memory records.
 
-Needs torch, triton, numpy, safetensors and pytest (with pytest-xdist it is faster); neither mlflow nor dvc. The memory records (Amazon-3M's shape, sparse and
-dense, and 1,000,000,000 labels) also need transformers, omegaconf and psutil; where those are missing they are left out, and
-named. Wheels unpacked into a folder that PYTHONPATH names will do. Records and what was printed go to the folder named in
-$OUT, else to benchmarks/results/.
+Needs torch, triton, numpy, safetensors and pytest (with pytest-xdist it is faster); neither mlflow nor dvc. The memory records
+(Amazon-3M's shape, sparse and dense, and 1,000,000,000 labels) also need transformers, omegaconf and psutil; where those are
+missing they are left out, and named. Wheels unpacked into a folder that PYTHONPATH names will do. Records and what was printed
+go to the folder named in $OUT, else to benchmarks/results/.
 """
 
 from __future__ import annotations

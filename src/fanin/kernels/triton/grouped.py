@@ -120,7 +120,7 @@ def grouped(
                 )
                 value = tl.where(in_tile[:, None] & (columns < batch)[None, :], value, 0.0)
                 tl.store(losses + tile * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(value, 1), 0))
-            # pads of a tile have weights of 0, and pads of the batch x of 0: what their slopes are reaches no sum but the bias's
+            # pads of a tile have weights of 0, and pads of the batch x of 0: their slopes reach no sum but the bias's
             slopes = slope(z, LOSS)
             slopes = at_positives(
                 slopes, z, m[:, None], columns[None, :], labels, documents, start, end, offset + begin, LOSS, True
