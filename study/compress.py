@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fanin.config import Config
 from fanin.evaluation import evaluate
 from fanin.files import InputError, read_json, write_json
 from fanin.kernels.layer import index_dtype
 from study import experiment
 from study.corpora import WORK, Corpus
 from study.methods import Method
-from study.records import data_facts, origin, quality, sizes
+from study.records import compressed
 
 BLOCK = 64  # weights that share a scale
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of the block's largest weight
@@ -45,30 +46,22 @@ def run(method: Method, corpus: Corpus, parent: Mapping[str, Any]) -> dict[str, 
         root = Path(place)
         for path in ("models", "data/tokens", "data/corpus"):
             experiment.fetch(revision, path, root / path)
-        models, out = root / "models", root / "reports"
-        stored = compress(models, method.settings)
-        others = sum(p.stat().st_size for p in models.rglob("*") if p.is_file() and p.name != "head.safetensors")
-        evaluate(config, models, root / "data/tokens", root / "data/corpus", out)
-        about = read_json(root / "data/corpus/corpus.json")
-        evaluation = read_json(out / "evaluation.json")
-        description = read_json(models / "fanin.json")
-    same = ("train_seconds", "prepare_seconds", "peak_mib", "documents_seen", "steps")
+        found = evaluated(method, config, root / "models", root / "data/tokens", root / "data/corpus", root / "reports")
+    own = {"of": parent["experiment"], "wall_seconds": round(time.monotonic() - began, 1)}
+    return compressed(method, parent, **found) | own
+
+
+def evaluated(method: Method, config: Config, models: Path, tokens: Path, corpus: Path, out: Path) -> dict[str, Any]:
+    """Compress the model folder `models` in place and evaluate it into the folder `out`: what `compressed` takes."""
+    stored = compress(models, method.settings)
+    others = sum(p.stat().st_size for p in models.rglob("*") if p.is_file() and p.name != "head.safetensors")
+    evaluate(config, models, tokens, corpus, out)
     return {
-        "method": method.name,
-        "kind": "compressed",
-        "corpus": corpus.name,
-        "seed": parent["seed"],
-        **data_facts(about),
-        **quality(evaluation),
-        **sizes(stored, round(parent["shared_mib"] * 2**20), description["labels"], description["width"]),
-        "model_mib": round((others + sum(stored.values())) / 2**20 + parent["shared_mib"], 3),
-        **{name: parent[name] for name in same},
-        "rank_seconds": evaluation["ranking_seconds"],
-        "settings": dict(parent["settings"]) | dict(method.settings),
-        "of": parent["experiment"],
-        "test_documents": evaluation["documents"],
-        **origin(),
-        "wall_seconds": round(time.monotonic() - began, 1),
+        "about": read_json(corpus / "corpus.json"),
+        "evaluation": read_json(out / "evaluation.json"),
+        "stored": stored,
+        "others": others,
+        "width": read_json(models / "fanin.json")["width"],
     }
 
 

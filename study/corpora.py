@@ -18,6 +18,7 @@ from fanin.data.corpus import build_corpus
 from fanin.files import InputError, read_json, sha256, write_json
 from study.methods import configuration
 
+STAGES = ("corpus", "tokens", "embeddings", "clusters", "start", "train", "evaluate")  # those that a record rests on
 WORK = Path(".study")  # ignored by git: corpora, predictions, logs
 
 

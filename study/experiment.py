@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ from fanin.tracking.pipelines import NAME_VARIABLE, TAGS_VARIABLE
 from study.corpora import WORK, Corpus
 from study.methods import Method
 from study.processes import run_group
-from study.records import data_facts, origin, quality, sizes
+from study.records import trained
 from study.tracking import run_name, study_tags
 
 TARGET = "evaluate"  # the last stage that a record needs
 PREPARING = ("embeddings", "clusters", "start")  # what a start from data costs beside training
-_MIB = 2**20
 
 
 def run(method: Method, corpus: Corpus, seed: int, key: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,32 +66,20 @@ def find(name: str) -> str | None:
 
 def read(method: Method, corpus: Corpus, seed: int, revision: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a finished experiment, from its reports."""
-    training, evaluation = (_json(revision, f"reports/{name}.json") for name in ("train", "evaluation"))
-    seconds = {stage: _json(revision, f"reports/stages/{stage}.json")["seconds"] for stage in PREPARING}
-    config = corpus.config(dict(overrides))
-    itemsize = {"fp32": 4, "bf16": 2, "fp8": 1}[config.head.dtype]
-    labels = training["labels"]
-    width = training["dense_fp32_bytes"] // (4 * labels)
-    return {
-        "method": method.name,
-        "kind": "trained",
-        "corpus": corpus.name,
-        "seed": seed,
-        **data_facts(_json(revision, "data/corpus/corpus.json")),
-        **quality(evaluation),
-        **sizes(training["head_bytes"], training["intermediate_bytes"] + training["lexical_bytes"], labels, width, itemsize),
-        "model_mib": round(_model_bytes(revision) / _MIB, 3),
-        "train_seconds": training["seconds"],
-        "prepare_seconds": round(sum(seconds.values()), 1) if config.start.source == "data" else 0.0,
-        "rank_seconds": evaluation["ranking_seconds"],
-        "peak_mib": training.get("peak_allocated_mib") or training["peak_rss_mib"],
-        "documents_seen": training["documents"],
-        "steps": training["steps"],
-        "curve": list(_curve(revision)),
-        "settings": dict(overrides),
-        "test_documents": evaluation["documents"],
-        **origin(),
-    }
+    seconds = [_json(revision, f"reports/stages/{stage}.json")["seconds"] for stage in PREPARING]
+    return trained(
+        method,
+        corpus,
+        seed,
+        corpus.config(dict(overrides)),
+        overrides,
+        about=_json(revision, "data/corpus/corpus.json"),
+        training=_json(revision, "reports/train.json"),
+        evaluation=_json(revision, "reports/evaluation.json"),
+        curve=csv.DictReader(io.StringIO(_text(revision, "reports/validation_curve.csv"))),
+        prepare_seconds=sum(seconds),
+        model_bytes=_model_bytes(revision),
+    )
 
 
 def _command(name: str, corpus: Corpus, overrides: Mapping[str, Any]) -> list[str]:
@@ -128,12 +115,6 @@ def _text(revision: str, path: str) -> str:
 
 def _json(revision: str, path: str) -> Any:
     return json.loads(_text(revision, path))
-
-
-def _curve(revision: str) -> Iterator[dict[str, float]]:
-    """P@1, 3, 5 on the validation documents by training step."""
-    for row in csv.DictReader(io.StringIO(_text(revision, "reports/validation_curve.csv"))):
-        yield {name: round(float(value), 3) for name, value in row.items()}
 
 
 def fetch(revision: str, path: str, target: Path) -> None:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fanin.files import InputError, sha256
 from study import compress, experiment, rival
-from study.corpora import Corpus, documents, stage_code
+from study.corpora import STAGES, Corpus, documents, stage_code
 from study.methods import TIERS, Method
-from study.records import Records, origin
+from study.records import Records, configuration_of, digest, origin
 from study.tracking import track
 
-STAGES = ("corpus", "tokens", "embeddings", "clusters", "start", "train", "evaluate")
 SEEDLESS = ("tfidf_knn",)  # the same result whatever the seed
 
 
@@ -67,17 +64,12 @@ class Study:
     def key(self, method: Method, seed: int) -> str:
         """A hash of settings, seed, code and data."""
         if method.kind == "rival":
-            parts: list[Any] = [self._data, sha256(rival.SCRIPT), method.name]
-        else:
-            parts = [self._data, self._code, self._configuration(method, seed)]
-            if method.kind == "compressed":
-                parts += [dict(method.settings), sha256(Path(compress.__file__))]
-        return hashlib.sha256(json.dumps([*parts, seed], sort_keys=True).encode()).hexdigest()
-
-    def _configuration(self, method: Method, seed: int) -> dict[str, Any]:
-        trained = self._by_name(method.of) if method.kind == "compressed" else method
-        config = asdict(self.corpus.config(dict(trained.settings) | self.settings | {"seed": seed}))
-        return {name: value for name, value in config.items() if name not in ("tracking", "memory")}
+            return digest([self._data, sha256(rival.SCRIPT), method.name, seed])
+        compressed = method.kind == "compressed"
+        trained = self._by_name(method.of) if compressed else method
+        config = self.corpus.config(dict(trained.settings) | self.settings | {"seed": seed})
+        own = [dict(method.settings), sha256(Path(compress.__file__))] if compressed else []
+        return digest([self._data, self._code, configuration_of(config), *own, seed])
 
     def _by_name(self, name: str) -> Method:
         found = next((method for method in self.methods if method.name == name), None)

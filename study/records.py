@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
+import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,11 @@ import pyarrow.parquet as pq
 import torch
 
 from fanin import metrics, provenance
-from fanin.config import Evaluate
+from fanin.config import Config, Evaluate
 from fanin.evaluation import SPLITS, score
 from fanin.files import InputError, read_json, write_json
-from study.corpora import WORK
+from study.corpora import WORK, Corpus
+from study.methods import Method
 
 RESULTS = Path("benchmarks/results")
 FIGURES = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5", "nDCG@5")
@@ -113,6 +117,90 @@ def sizes(head_bytes: Mapping[str, int], shared_bytes: int, labels: int, width: 
         "head_parts_mib": parts,
         "shared_mib": round(shared_bytes / _MIB, 4),
         "dense_mib": round((labels * width * itemsize + 4 * labels) / _MIB, 4),
+    }
+
+
+def digest(parts: Sequence[Any]) -> str:
+    """A hash of all that a result depends on: a record's key."""
+    return hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()
+
+
+def configuration_of(config: Config) -> dict[str, Any]:
+    """The part of a configuration that a result depends on."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("tracking", "memory")}
+
+
+def trained(
+    method: Method,
+    corpus: Corpus,
+    seed: int,
+    config: Config,
+    settings: Mapping[str, Any],
+    *,
+    about: Mapping[str, Any],
+    training: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    curve: Iterable[Mapping[str, str]],
+    prepare_seconds: float,
+    model_bytes: int,
+) -> dict[str, Any]:
+    """The record of a trained method, from what its stages left: corpus.json, train.json, evaluation.json, the rows of
+    validation_curve.csv, the seconds of embeddings, clusters and start, and the bytes of the model folder.
+
+    config: what was run; settings: those over params.yaml that made it.
+    """
+    itemsize = {"fp32": 4, "bf16": 2, "fp8": 1}[config.head.dtype]
+    labels = training["labels"]
+    width = training["dense_fp32_bytes"] // (4 * labels)
+    return {
+        "method": method.name,
+        "kind": "trained",
+        "corpus": corpus.name,
+        "seed": seed,
+        **data_facts(about),
+        **quality(evaluation),
+        **sizes(training["head_bytes"], training["intermediate_bytes"] + training["lexical_bytes"], labels, width, itemsize),
+        "model_mib": round(model_bytes / _MIB, 3),
+        "train_seconds": training["seconds"],
+        "prepare_seconds": round(prepare_seconds, 1) if config.start.source == "data" else 0.0,
+        "rank_seconds": evaluation["ranking_seconds"],
+        "peak_mib": training.get("peak_allocated_mib") or training["peak_rss_mib"],
+        "documents_seen": training["documents"],
+        "steps": training["steps"],
+        "curve": [{name: round(float(value), 3) for name, value in row.items()} for row in curve],
+        "settings": dict(settings),
+        "test_documents": evaluation["documents"],
+        **origin(),
+    }
+
+
+def compressed(
+    method: Method,
+    parent: Mapping[str, Any],
+    *,
+    about: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    stored: Mapping[str, int],
+    others: int,
+    width: int,
+) -> dict[str, Any]:
+    """The record of a head made small after training. parent: the record of the dense method; stored: bytes of its parts as
+    stored; others: those of the model folder's other files; width: the encoder's."""
+    same = ("train_seconds", "prepare_seconds", "peak_mib", "documents_seen", "steps")
+    return {
+        "method": method.name,
+        "kind": "compressed",
+        "corpus": parent["corpus"],
+        "seed": parent["seed"],
+        **data_facts(about),
+        **quality(evaluation),
+        **sizes(stored, round(parent["shared_mib"] * _MIB), about["labels"], width),
+        "model_mib": round((others + sum(stored.values())) / _MIB + parent["shared_mib"], 3),
+        **{name: parent[name] for name in same},
+        "rank_seconds": evaluation["ranking_seconds"],
+        "settings": dict(parent["settings"]) | dict(method.settings),
+        "test_documents": evaluation["documents"],
+        **origin(),
     }
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from fanin.files import InputError
 from study import loop
-from study.__main__ import budget, setting
+from study.arguments import budget, setting
 from study.corpora import CORPORA
 from study.loop import Job, Study
 from study.methods import Method
