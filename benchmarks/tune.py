@@ -23,7 +23,7 @@ import torch
 
 import records
 from fanin.kernels import Layer, Update
-from fanin.kernels.triton import Triton, configs
+from fanin.kernels.triton import Triton, configs, plan
 
 LABELS, FEATURES, BATCH = 2_812_281, 768, 128
 
@@ -37,6 +37,7 @@ class Variant:
     dtype: str = "bf16"
     changes: dict[str, Any] = field(default_factory=dict)  # fields of configs.Single or configs.Grouped
     reduce: dict[str, Any] = field(default_factory=dict)  # fields of configs.Reduce
+    block_labels: int | None = None  # labels of a block of the order, G = 1
     scratch_mib: int | None = None
     atomic: bool = False
     without_sum: bool = False  # the first kernel alone: dx is not summed, so it is not compared
@@ -49,59 +50,54 @@ class Variant:
         words = [f"G {self.group} K {self.fan_in} {self.dtype}"]
         words += [f"{name} {value}" for name, value in self.changes.items()]
         words += [f"reduce {name} {value}" for name, value in self.reduce.items()]
+        words += [f"blocks of {self.block_labels} labels"] if self.block_labels else []
         words += [f"scratch {self.scratch_mib}"] if self.scratch_mib else []
         words += ["atomic"] if self.atomic else []
         return ", ".join([*words, "without the sum of dx"] if self.without_sum else words)
 
 
 def variants() -> Iterator[Variant]:
-    for base in (Variant(64, 128), Variant(1, 32)):
+    grouped, single = Variant(64, 128), Variant(1, 32)
+    for base in (grouped, single):
         yield base
         yield replace(base, without_sum=True)
         yield replace(base, atomic=True)
-        yield from (replace(base, scratch_mib=size) for size in (20, 40, 160))
-    grouped = Variant(64, 128)
-    yield from (
-        replace(grouped, changes=changes)
-        for changes in (
-            {"block_k": 64, "warps": 8, "registers": 128},
-            {"block_k": 128, "warps": 8, "registers": 128},
-            {"block_k": 128, "warps": 8, "registers": None},
-            {"block_k": 128, "warps": 4, "registers": None},
-            {"block_k": 64, "warps": 4, "registers": None},
-            {"block_k": 64, "warps": 4, "registers": 168},
-        )
-    )
-    shapes: tuple[tuple[int, int, int, int], ...]
-    shapes = (1, 32, 64, 4), (2, 32, 128, 4), (1, 32, 128, 4), (4, 16, 64, 4), (2, 16, 128, 4), (2, 32, 64, 8), (1, 16, 128, 2)
+        yield from (replace(base, scratch_mib=size) for size in (40, 160, 320, 640))
+    for block_k, warps, registers in (
+        (128, 8, 128),
+        (128, 8, None),
+        (128, 4, None),
+        (128, 4, 168),
+        (64, 4, None),
+        (64, 4, 168),
+    ):
+        changes = {"block_k": block_k, "warps": warps, "registers": registers}
+        yield replace(grouped, changes=changes)
+        yield replace(grouped, changes=changes, without_sum=True)
+    shapes: tuple[tuple[int, int, int, int, int], ...]
+    shapes = (1, 16, 128, 4, 4), (4, 2, 128, 8, 4), (8, 2, 128, 8, 8), (2, 4, 64, 16, 4), (1, 2, 128, 16, 1)
     yield from (replace(grouped, reduce=_reduce(*shape)) for shape in shapes)
-    single = Variant(1, 32)
-    yield from (
-        replace(single, changes={"block_l": rows, "block_b": columns, "warps": warps, "registers": registers})
-        for rows, columns, warps, registers in (
-            (16, 64, 1, 168),
-            (16, 64, 1, 128),
-            (16, 128, 1, None),
-            (16, 128, 2, None),
-            (16, 128, 2, 128),
-            (32, 64, 1, 168),
-            (8, 64, 1, 168),
-            (16, 32, 1, None),
-            (16, 32, 1, 96),
-        )
-    )
-    shapes = (8, 8, 32, 4), (4, 16, 32, 4), (4, 16, 64, 4), (8, 16, 64, 4), (4, 32, 32, 4), (2, 16, 64, 2), (8, 4, 128, 4)
+    for rows, columns, warps, registers in (
+        (16, 64, 1, 168), (16, 64, 1, 128), (16, 128, 1, None), (16, 128, 2, None), (16, 128, 2, 128), (32, 64, 1, 168),
+        (8, 64, 1, 168), (16, 32, 1, None), (16, 32, 1, 96),
+    ):  # fmt: skip
+        changes = {"block_l": rows, "block_b": columns, "warps": warps, "registers": registers}
+        yield replace(single, changes=changes, without_sum=True)
+    shapes = (16, 4, 64, 4, 16), (8, 4, 64, 8, 8), (8, 4, 64, 4, 8), (16, 8, 32, 4, 16), (16, 4, 64, 12, 16)
     yield from (replace(single, reduce=_reduce(*shape)) for shape in shapes)
+    yield from (replace(single, block_labels=size) for size in (256, 512, 2048))
+    yield replace(single, block_labels=512, reduce=_reduce(16, 2, 128, 16, 16))
+    yield replace(single, block_labels=512, reduce=_reduce(8, 2, 128, 8, 8))
 
 
-def _reduce(block_f: int, block_e: int, block_b: int, warps: int) -> dict[str, int]:
-    return {"block_f": block_f, "block_e": block_e, "block_b": block_b, "warps": warps}
+def _reduce(block_f: int, block_e: int, block_b: int, turns: int, warps: int) -> dict[str, int]:
+    return {"block_f": block_f, "block_e": block_e, "block_b": block_b, "turns": turns, "warps": warps}
 
 
 @contextlib.contextmanager
 def applied(variant: Variant) -> Iterator[Triton]:
     """The backend under a variant's configuration."""
-    single, grouped, reduce = configs.single, configs.grouped, configs.reduce
+    single, grouped, reduce, block_labels = configs.single, configs.grouped, configs.reduce, plan._LABELS
 
     def reduced(*shape: int) -> configs.Reduce:
         found = replace(reduce(*shape), **variant.reduce)
@@ -110,6 +106,7 @@ def applied(variant: Variant) -> Iterator[Triton]:
     configs.single = lambda *shape: replace(single(*shape), **variant.changes)
     configs.grouped = lambda *shape: replace(grouped(*shape), **variant.changes)
     configs.reduce = reduced
+    plan._LABELS = variant.block_labels or block_labels
     try:
         size = configs.SCRATCH_BYTES if variant.scratch_mib is None else variant.scratch_mib * 2**20
         backend = Triton(deterministic=not variant.atomic, scratch_bytes=size)
@@ -117,7 +114,7 @@ def applied(variant: Variant) -> Iterator[Triton]:
             backend._reduce = _Nothing()
         yield backend
     finally:
-        configs.single, configs.grouped, configs.reduce = single, grouped, reduce
+        configs.single, configs.grouped, configs.reduce, plan._LABELS = single, grouped, reduce, block_labels
 
 
 class _Nothing:
@@ -182,24 +179,21 @@ def main() -> None:
         ready: list[Variant] = []
         times: dict[Variant, list[float]] = {}
         orders = Triton().orders
+        small, small_batch = layer_of(Variant(*shape), 100_000), batch_of(100_000)
+        kept = small.weight.clone(), small.bias.clone()
         for variant in (v for v in chosen if (v.group, v.fan_in, v.dtype) == shape):
             if faults[variant]:
                 print(f"{variant.title}: left out ({faults[variant]})")
                 continue
-            before = layer.weight[:100_000].clone()
             with applied(variant) as backend:
-                backend.orders = orders
-                dx, _ = backend.step(*_call(layer, batch))
-                result = dx, layer.weight[:100_000].float()
-            layer.weight[:100_000] = before
-            if expected is None:
-                expected = result
+                dx, _ = backend.step(*_call(small, small_batch))
+            result = dx, small.weight.float() - kept[0].float()
+            small.weight.copy_(kept[0]), small.bias.copy_(kept[1])
+            expected = expected or result
             off = [((a - b).norm() / b.norm()).item() for a, b in zip(result, expected, strict=True)]
-            if variant.without_sum:
-                off[0] = 0.0
-            # a change of the order of sums tips a few stochastic roundings over
-            if not max(off) < 2e-3:
-                print(f"{variant.title}: WRONG, off by {off[0]:.1e} (dx) and {off[1]:.1e} (weights)")
+            off[0] *= not variant.without_sum
+            if not max(off) < 5e-2:  # of the change of weights, most of which is stochastic rounding
+                print(f"{variant.title}: WRONG, off by {off[0]:.1e} (dx) and {off[1]:.1e} (change of weights)")
                 continue
             ready.append(variant)
         for number in range(options.rounds + 1):

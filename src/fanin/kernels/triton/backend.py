@@ -199,7 +199,7 @@ class Triton(Backend):
             part.first, offset, part.labels, part.fan_in, plan.batch, plan.stride, tiles,
             MODE=getattr(modes, mode).value, LOSS=loss, ATOMIC=dxt is not None,
             BLOCK_L=block_l, BLOCK_K=config.block_k, BLOCK_B=config.block_b, WHOLE_B=plan.batch == plan.stride,
-            **_options(config),
+            **configs.options(config),
         )  # fmt: skip
 
     def _run_grouped(
@@ -221,7 +221,7 @@ class Triton(Backend):
             part.first, offset, part.labels, part.group, part.fan_in, plan.batch, plan.stride, tiles,
             MODE=getattr(modes, mode).value, LOSS=loss, ATOMIC=atomic is not None, TILES=plan.tiles_per_group,
             REPEAT=plan.topk_repeat() if mode == "MAXIMA" else 1, K_BLOCKS=-(-part.fan_in // config.block_k),
-            BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b, **_whole(plan), **_options(config),
+            BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b, **_whole(plan), **configs.options(config),
         )  # fmt: skip
 
     def _run_backward(
@@ -237,7 +237,7 @@ class Triton(Backend):
             part.first, part.labels, part.group, part.fan_in, plan.batch, plan.stride,
             ATOMIC=atomic is not None, UPDATE=update is not None, TILES=plan.tiles_per_group,
             BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b, **_whole(plan),
-            **_options(config, capped=part.weight.itemsize > 1),
+            **configs.options(config, capped=part.weight.itemsize > 1),
         )  # fmt: skip
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -283,12 +283,6 @@ class Triton(Backend):
         if self.deterministic:
             order = self.orders.get(job.layer.index, job.plan.features, job.plan.block_rows())
         return InputGradient(job, order, chunk, self._reduce, self._launch)
-
-
-def _options(config: configs.Single | configs.Grouped, capped: bool = True) -> dict[str, int]:
-    """capped: with the configuration's limit on registers (decoding float8 in a loop over documents takes more)."""
-    registers = getattr(config, "registers", None) if capped else None
-    return {"num_warps": config.warps} | ({} if registers is None else {"maxnreg": registers})
 
 
 def _whole(plan: Plan) -> dict[str, bool]:

@@ -48,12 +48,24 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Reduce:
-    """A program adds the rows of block_f features, block_e at a time, for block_b documents."""
+    """A program adds the rows of block_f features for block_b documents, turns x block_e of each at a time.
+
+    A warp has a feature of its own: then no sum goes through shared memory. registers: as in Grouped.
+    """
 
     block_f: int
     block_e: int
     block_b: int
+    turns: int
     warps: int
+    registers: int | None = None
+
+
+def options(config: Single | Grouped | Reduce, capped: bool = True) -> dict[str, int]:
+    """What a launch is given beside its arguments. capped: with the configuration's limit on registers (decoding float8 in a
+    loop over documents takes more)."""
+    registers = config.registers if capped else None
+    return {"num_warps": config.warps} | ({} if registers is None else {"maxnreg": registers})
 
 
 def single(fan_in: int, batch: int) -> Single:
@@ -79,8 +91,12 @@ def grouped(fan_in: int, group: int, batch: int, wide: bool, capability: int) ->
 
 
 def reduce(group: int, block_b: int) -> Reduce:
-    """G = 1: 64 bytes of a row of g, so that those of 2,048 labels fit an L1 cache. G > 1: each row is read once."""
-    return Reduce(8, 16, min(block_b, 32), 4) if group == 1 else Reduce(2, 32, min(block_b, 64), 4)
+    """G = 1: programs so large that one has a multiprocessor, and its L1 cache, for itself. G > 1: each row is read once."""
+    if group == 1:
+        block_b = min(block_b, 64)
+        return Reduce(16, 256 // block_b, block_b, 32 * block_b // 256, 16)
+    block_b = min(block_b, 128)
+    return Reduce(4, 256 // block_b, block_b, 32 * block_b // 256, 4)
 
 
 PICK = (16, 64, 4)

@@ -84,9 +84,10 @@ class InputGradient:
         self._launch(
             self._kernel, (slices, -(-plan.features // run), plan.stride // config.block_b),
             g if plan.group == 1 else self.rows, weight, order.places[first:], order.starts[first:], self._partial,
-            blocks, order.rows * plan.fan_in, plan.features, run, plan.fan_in, plan.stride,
-            TILES=plan.tiles_per_group, BLOCK_F=config.block_f, BLOCK_E=config.block_e, BLOCK_B=config.block_b,
-            num_warps=config.warps,
+            blocks, order.rows * plan.fan_in, plan.features, run, plan.stride,
+            FAN_IN=plan.fan_in, TILES=plan.tiles_per_group,
+            BLOCK_F=config.block_f, BLOCK_E=config.block_e, BLOCK_B=config.block_b,
+            TURNS=config.turns, **configs.options(config),
         )  # fmt: skip
 
     def total(self) -> Tensor:

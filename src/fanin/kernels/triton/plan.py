@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from fanin.kernels.triton import configs
@@ -11,11 +12,11 @@ SORTED_AT_ONCE = 2**22
 SORTING_BYTES = 32
 """What that takes for each of them."""
 _SMALL = 2**16  # places that a uint16 can number
-_LABELS = 2048  # of a G = 1 block: its rows of g stay in an SM's L1 cache
+_LABELS = 1024  # of a G = 1 block: 64 documents of its rows of g, and its weights, stay in an SM's L1 cache
 _GATHERED_PER_FEATURE, _ADDED_PER_FEATURE = 16, 4  # G = 1, G > 1: shorter lists would leave a program's lanes idle
 _MULTIPLE = 64  # of index rows a block: whole tiles
-_SLICES, _GROUPED_SLICES = 256, 4  # partial sums of dx, at most
-_PROGRAMS = 2048  # that keep a GPU busy
+_SLICES, _GROUPED_SLICES = 256, 16  # partial sums of dx, at most
+_PROGRAMS, _GROUPED_PROGRAMS = 1024, 4096  # that keep a GPU busy
 
 
 @dataclass(frozen=True)
@@ -30,37 +31,37 @@ class Plan:
     wide: bool = True
     capability: int = 90
 
-    @property
+    @functools.cached_property  # launches ask for it again and again
     def config(self) -> configs.Single | configs.Grouped:
         if self.group == 1:
             return configs.single(self.fan_in, self.batch)
         return configs.grouped(self.fan_in, self.group, self.batch, self.wide, self.capability)
 
-    @property
+    @functools.cached_property
     def tile(self) -> int:
         """Labels a program works on, at most."""
         return self.config.block_l if isinstance(self.config, configs.Single) else self.config.block_m
 
-    @property
+    @functools.cached_property
     def itemsize(self) -> int:
         return 4 if self.wide else 2
 
-    @property
+    @functools.cached_property
     def columns(self) -> int:
         """Blocks of documents."""
         return -(-self.batch // self.config.block_b)
 
-    @property
+    @functools.cached_property
     def stride(self) -> int:
         """Documents in whole blocks: a row of xt, g and dx."""
         return self.columns * self.config.block_b
 
-    @property
+    @functools.cached_property
     def fused(self) -> bool:
         """Whether one kernel makes a whole step: it then sees all documents of a tile at once."""
         return self.group == 1 or self.columns == 1
 
-    @property
+    @functools.cached_property
     def tiles_per_group(self) -> int:
         return 1 if self.group == 1 else -(-self.group // self.tile)
 
@@ -100,7 +101,8 @@ class Plan:
     def feature_run(self, slices: int) -> int:
         """Features that a program of the sum works through."""
         config = configs.reduce(self.group, self.config.block_b)
-        programs = max(_PROGRAMS // (slices * (self.stride // config.block_b)), 1)
+        wanted = _PROGRAMS if self.group == 1 else _GROUPED_PROGRAMS
+        programs = max(wanted // (slices * (self.stride // config.block_b)), 1)
         run = -(-self.features // programs)
         return -(-run // config.block_f) * config.block_f
 

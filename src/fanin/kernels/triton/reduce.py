@@ -23,53 +23,58 @@ def reduce(
     entries,  # places a block
     features,
     feature_run,  # features a program works through
-    fan_in,
     stride,
+    FAN_IN: tl.constexpr,  # places are divided by it
     TILES: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    TURNS: tl.constexpr,  # times BLOCK_E places whose rows are asked for together
 ):
-    """One slice's blocks, one run of features, one block of documents."""
+    """One slice's blocks, one run of features, one block of documents.
+
+    A block's features follow each other, so that for G = 1 its rows of g are read again from the L1 cache.
+    """
     slices = tl.num_programs(0)
     columns = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
-    begin = tl.program_id(1) * feature_run
-    end = tl.minimum(begin + feature_run, features)
-    while begin < end:
-        feature = begin + tl.arange(0, BLOCK_F)
-        inside = feature < end
-        total = tl.zeros([BLOCK_F, BLOCK_E, BLOCK_B], tl.float32)
-        block = tl.program_id(0).to(tl.int64)
-        while block < blocks:
+    run = tl.program_id(1) * feature_run
+    end = tl.minimum(run + feature_run, features)
+    target = partial + place_of(tl.program_id(0).to(tl.int64) * features, stride)
+    block = tl.program_id(0).to(tl.int64)
+    while block < blocks:
+        begin = run
+        while begin < end:
+            feature = begin + tl.arange(0, BLOCK_F)
+            inside = feature < end
             edges = starts + place_of(block, features + 1) + feature
             start = tl.load(edges, mask=inside, other=0)
             stop = tl.load(edges + 1, mask=inside, other=0)
+            here = feature[:, None] * stride + columns[None, :]
+            old = tl.load(target + here, mask=inside[:, None], other=0.0)
+            total = tl.zeros([BLOCK_F, BLOCK_E, BLOCK_B], tl.float32)
             longest = tl.max(stop - start, 0)
             done = 0
             while done < longest:
-                entry = start[:, None] + done + tl.arange(0, BLOCK_E)[None, :]
-                mask = entry < stop[:, None]
-                place = tl.load(order + place_of(block, entries) + entry, mask=mask, other=0).to(tl.int32)
-                if weight is not None:
-                    w = decode(tl.load(weight + place_of(block, entries) + place, mask=mask, other=0))
-                    first = source + place_of(block * (entries // fan_in), stride)
-                    row = place_of(place // fan_in, stride)
-                    rows = tl.load(first + row[:, :, None] + columns[None, None, :], mask=mask[:, :, None], other=0)
-                    total += w[:, :, None] * decode(rows)
-                else:
-                    first = source + place_of(block * entries * TILES, stride)
-                    for tile in tl.static_range(TILES):
-                        row = place
-                        if TILES > 1:
-                            row = (place // fan_in * TILES + tile) * fan_in + place % fan_in
-                        row = place_of(row, stride)
+                for turn in tl.static_range(TURNS):
+                    entry = start[:, None] + (done + turn * BLOCK_E) + tl.arange(0, BLOCK_E)[None, :]
+                    mask = entry < stop[:, None]
+                    place = tl.load(order + place_of(block, entries) + entry, mask=mask, other=0).to(tl.int32)
+                    if weight is not None:
+                        w = decode(tl.load(weight + place_of(block, entries) + place, mask=mask, other=0))
+                        first = source + place_of(block * (entries // FAN_IN), stride)
+                        row = place_of(place // FAN_IN, stride)
                         rows = tl.load(first + row[:, :, None] + columns[None, None, :], mask=mask[:, :, None], other=0)
-                        total += decode(rows)
-                done += BLOCK_E
-            block += slices
-        first_feature = tl.program_id(0).to(tl.int64) * features + begin
-        local = tl.arange(0, BLOCK_F)[:, None] * stride + columns[None, :]
-        target = partial + place_of(first_feature, stride) + local
-        old = tl.load(target, mask=inside[:, None], other=0.0)
-        tl.store(target, old + tl.sum(total, 1), mask=inside[:, None])
-        begin += BLOCK_F
+                        total += w[:, :, None] * decode(rows)
+                    else:
+                        first = source + place_of(block * entries * TILES, stride)
+                        for tile in tl.static_range(TILES):
+                            row = place
+                            if TILES > 1:
+                                row = (place // FAN_IN * TILES + tile) * FAN_IN + place % FAN_IN
+                            row = place_of(row, stride)
+                            rows = tl.load(first + row[:, :, None] + columns[None, None, :], mask=mask[:, :, None], other=0)
+                            total += decode(rows)
+                done += BLOCK_E * TURNS
+            tl.store(target + here, old + tl.sum(total, 1), mask=inside[:, None])
+            begin += BLOCK_F
+        block += slices
