@@ -389,3 +389,12 @@ def test_rounded_updates_do_not_depend_on_the_parts(monkeypatch):
         weights.append(torch.cat(found))
     different = (weights[0] != weights[1]).float().mean()  # products of other shapes differ in their last bits
     assert different < 0.01
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_rows_that_are_loaded_need_not_be_drawn(group: int) -> None:
+    settings = HeadSettings(fan_in=6, group=group)
+    drawn, blank = build_head(settings, 30, 16, seeded(1)), build_head(settings, 30, 16, seeded(2), drawn=False)
+    assert not blank.weight.any()
+    blank.load_model_state(drawn.model_state(), "here")
+    assert all(torch.equal(blank.model_state()[name], tensor) for name, tensor in drawn.model_state().items())

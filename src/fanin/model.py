@@ -71,9 +71,11 @@ class Classifier(nn.Module):
         order: np.ndarray | None = None,
         encoder: Encoder | None = None,
         ranks: Ranks = ALONE,
+        drawn: bool = True,
     ) -> Classifier:
         """A classifier with a random head, as `config` describes it; deterministic given config.seed.
 
+        drawn: false where a state is loaded right afterwards, so that no sparse rows are drawn only to be replaced.
         order: [L], the labels in the order of the cluster tree; used where labels share index rows (head.group > 1).
         Raises InputError naming the setting that does not fit the encoder.
         """
@@ -102,7 +104,7 @@ class Classifier(nn.Module):
         profiles, words = lexical_sizes(config.head, encoder.vocabulary, width, labels)
         lexical = Lexical(words, profiles, config.head.profiles) if words else None
         read = profiles + words
-        head = build_head(config.head, labels, width + read, generator, ranks.share(labels, group), read, profiles)
+        head = build_head(config.head, labels, width + read, generator, ranks.share(labels, group), read, profiles, drawn)
         rows = None
         if config.head.group > 1:
             if order is None:
@@ -351,12 +353,22 @@ class Classifier(nn.Module):
         encoder = Encoder.load(str(folder / "encoder"), settings.pooling, settings.layers, settings.dropout)
         path = folder / "head.safetensors"
         order = _tensors(path, only="order").get("order")
-        classifier = cls.build(config, description["labels"], None if order is None else order.numpy(), encoder, ranks)
+        rows = None if order is None else order.numpy()
+        classifier = cls.build(config, description["labels"], rows, encoder, ranks, drawn=False)
         state = _tensors(path, classifier.head)
         state.pop("order", None)
         classifier._load_layers(state, str(path))
         classifier.label_texts = LabelTexts(folder / LabelTexts.FILE)
         return classifier.to(device).eval()
+
+
+def holds_tensors(path: Path) -> bool:
+    """Whether what the start stage wrote holds any: none where the start is random."""
+    try:
+        with safe_open(path, "pt") as file:
+            return bool(file.keys())
+    except (FileNotFoundError, SafetensorError):  # whoever reads it says what is wrong
+        return False
 
 
 def _tensors(path: Path, head: Head | None = None, only: str | None = None) -> dict[str, Tensor]:

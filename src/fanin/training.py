@@ -25,7 +25,7 @@ from fanin.faults import sole_run
 from fanin.files import InputError, atomic_path, read_json, sha256, write_json
 from fanin.heads import FixedFanIn
 from fanin.memory.fits import check, job_of, memory_explained
-from fanin.model import Classifier
+from fanin.model import Classifier, holds_tensors
 from fanin.ranks import ALONE, Ranks
 from fanin.recoding import recode_now
 from fanin.trainer import Log, Trainer
@@ -77,8 +77,9 @@ def train(
         train_rows = np.concatenate([train_rows, np.arange(true_documents, len(tokens))])
         order, meta = (_load(clusters_folder / name, description["labels"]) for name in ("order.npy", "meta.npy"))
 
-        classifier = Classifier.build(config, description["labels"], order, ranks=ranks)
-        classifier.load_start(start_folder / "head.safetensors")
+        start = start_folder / "head.safetensors"
+        classifier = Classifier.build(config, description["labels"], order, ranks=ranks, drawn=not holds_tensors(start))
+        classifier.load_start(start)
         classifier.precision = ranks.of_first(choose_precision(config.train.precision, device))
         classifier.to(device)
         use_before = _feature_use(classifier)

@@ -29,8 +29,9 @@ def build_head(
     part: tuple[int, int] | None = None,
     vocabulary: int = 0,
     profiles: int = 0,
+    drawn: bool = True,
 ) -> Head:
-    """The head that `config.Head` describes, with a random start; `part` as in `Head`, the last two as in `FixedFanIn`.
+    """The head that `config.Head` describes, with a random start; `part` as in `Head`, the last three as in `FixedFanIn`.
 
     Raises InputError where it cannot be built.
     """
@@ -59,6 +60,7 @@ def build_head(
             lexical=settings.lexical,
             vocabulary=vocabulary,
             profiles=profiles,
+            drawn=drawn,
         )
     except Unavailable as reason:
         raise InputError(f"head.backend: {reason}; set it to auto") from None

@@ -37,6 +37,7 @@ class FixedFanIn(Head):
     backend: the kernels, as in `kernels.backend`.
     lexical: how many of the K entries, the last ones of each row, read the last `vocabulary` of the features, words and before
     them `profiles` sums of words; they are chosen by the start, and rewiring leaves them where they are.
+    drawn: whether rows are drawn at random, which takes seconds; else they are zero, for a state that is to be loaded.
     Source: fixed fan-in output layers, Schultheis & Babbar, ECML 2023; dynamic sparsity on them, arXiv 2411.03171.
     """
 
@@ -60,6 +61,7 @@ class FixedFanIn(Head):
         lexical: int = 0,
         vocabulary: int = 0,
         profiles: int = 0,
+        drawn: bool = True,
     ) -> None:
         super().__init__(labels, width, loss, part)
         if self.first % group:
@@ -80,9 +82,9 @@ class FixedFanIn(Head):
         self.fan_in, self.group, self.rounding, self.backend = fan_in, group, rounding, backend
         kernels.backend(backend)  # a name that cannot run is an error now
         bound, size, seed = 1 / math.sqrt(fan_in), self._block, drawn_from(generator)
-        self.register_buffer("weight", torch.empty(self.labels, fan_in, dtype=dtype))
-        self.register_buffer("index", torch.empty(-(-self.labels // group), fan_in, dtype=index_dtype(width)))
-        for rows in self._row_chunks():
+        self.register_buffer("weight", torch.zeros(self.labels, fan_in, dtype=dtype))
+        self.register_buffer("index", torch.zeros(-(-self.labels // group), fan_in, dtype=index_dtype(width)))
+        for rows in self._row_chunks() if drawn else ():
             score = uniform(seed, 2 * rows.block, rows.within, (size, self.inner))
             found = score.topk(self.inner_fan_in, dim=1).indices.sort(dim=1).values
             words = torch.arange(self.learnt, self.learnt + lexical, device=found.device).expand(len(found), -1)
