@@ -57,7 +57,7 @@ class Pool:
             busy = [worker for worker in self._workers if worker.task]
             if not busy:
                 break
-            told = wait([worker.connection for worker in busy], max(deadline - time.monotonic(), 0))
+            told = wait([worker.connection for worker in busy], min(max(deadline - time.monotonic(), 0), 60))
             if not told and time.monotonic() >= deadline:
                 break
             for worker in busy:

@@ -31,8 +31,8 @@ figures = dict.fromkeys(%(figures)r, 1.5) | {"P@1": params["head"]["fan_in"] + p
 split = {"labels": 1, "P@5": 0.5, "PSP@5": 0.5, "recall@5": 2.0}
 splits = dict.fromkeys(("head", "torso", "tail"), split)
 bytes_ = {"weights": 2**20, "indices": 2**19, "bias": 2**18, "optimizer": 7}
-training = {"head_bytes": bytes_, "intermediate_bytes": 2**20, "lexical_bytes": 0, "labels": 1000, "dense_fp32_bytes": 4 * 1000 * 384}
-training |= {"seconds": 12.5, "peak_rss_mib": 800.0, "documents": 640, "steps": 10}
+training = {"head_bytes": bytes_, "intermediate_bytes": 2**20, "labels": 1000, "dense_fp32_bytes": 4 * 1000 * 384}
+training |= {"lexical_bytes": 0, "seconds": 12.5, "peak_rss_mib": 800.0, "documents": 640, "steps": 10}
 evaluation = {"metrics": figures, "intervals": {"P@1": [0, 2]}, "splits": splits, "ranking_seconds": 3.0, "documents": 50}
 def write(path, value):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
