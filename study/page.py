@@ -35,11 +35,11 @@ CAPTIONS = {
 
 
 def generated(corpus: str, methods: Mapping[str, Method], folder: Path = RESULTS, plots: Path | None = None) -> str:
-    """The generated part for a corpus: one section a record file (a device); draws into `plots` where it is given."""
+    """The generated part for a corpus: one section a record file (a device), so that no table and no share of the hole mixes
+    devices; draws into `plots` where it is given."""
     title = CORPORA[corpus].title if corpus in CORPORA else corpus
     parts = []
-    for path in sorted(folder.glob(f"study-{corpus}-*.json")):
-        records: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    for path, records in _by_device(corpus, folder):
         parts += [_measured(records, path), results(records, methods)]
         place = PAGE.parent / "study" / path.stem.removeprefix("study-")
         if plots is not None:
@@ -47,6 +47,16 @@ def generated(corpus: str, methods: Mapping[str, Method], folder: Path = RESULTS
         drawn = [(name, place / f"{name}.png") for name in CAPTIONS if (place / f"{name}.png").exists()]
         parts += [f"![{title}: {CAPTIONS[name]}]({png.relative_to(PAGE.parent).as_posix()})" for name, png in drawn]
     return "\n\n".join(parts) or "No records yet."
+
+
+def _by_device(corpus: str, folder: Path) -> list[tuple[Path, list[dict[str, Any]]]]:
+    """The record files of a corpus, that of the device with the most trained methods first."""
+    files = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob(f"study-{corpus}-*.json"))]
+
+    def trained(file: tuple[Path, list[dict[str, Any]]]) -> int:
+        return len({record["method"] for record in file[1] if record["kind"] == "trained"})
+
+    return sorted(files, key=trained, reverse=True)
 
 
 def _measured(records: Sequence[Mapping[str, Any]], path: Path) -> str:

@@ -183,6 +183,19 @@ def test_the_page_takes_its_figures_from_the_records(tmp_path: Path, monkeypatch
     assert page.main(["--check"]) == 1
 
 
+def test_each_device_has_a_section_of_its_own_and_the_fuller_set_comes_first(tmp_path: Path) -> None:
+    better = [record("dense", 1, 80.0, device="a GPU"), record("plain", 1, 60.0, device="a GPU")]
+    (tmp_path / "study-near-b-gpu.json").write_text(json.dumps(better))
+    (tmp_path / "study-near-a-box.json").write_text(json.dumps([record("dense", 1, 70.0), record("bonsai", 1, 63.0)]))
+    first, second = page.generated("near", METHODS, tmp_path).split("2 records, ")[1:]
+    assert first.startswith("a GPU")
+    assert "80.00" in first
+    assert "70.00" not in first
+    assert "100 %" in first  # the hole's ends are this device's own
+    assert second.startswith("a box")
+    assert "%" not in second.split("\n\n")[1]  # no floor there
+
+
 def test_the_committed_page_is_what_the_committed_records_say(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
