@@ -126,6 +126,8 @@ def _serve(connection: Connection, threads: int, log: Path) -> None:
     for stream in (1, 2):
         os.dup2(file, stream)
     torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.empty(1, device="cuda")  # takes a second, and memory statistics need it
     while True:
         try:
             task: Task = connection.recv()
