@@ -4,7 +4,8 @@
 
 For a GPU that the configurations in src/fanin/kernels/triton/configs.py were not chosen on. Every variant is compiled first, in
 as many processes as there are cores; then its dx and updated weights are held against those of the shipped configuration, and
-the variants are timed in turns. Needs torch and triton alone; changes nothing but prints a table and adds a record.
+the variants are timed in turns, as graphs: what Python takes to launch them does not count. Needs torch and triton alone;
+changes nothing, but prints a table and adds a record.
 """
 
 from __future__ import annotations
@@ -83,11 +84,12 @@ def variants() -> Iterator[Variant]:
     ):  # fmt: skip
         changes = {"block_l": rows, "block_b": columns, "warps": warps, "registers": registers}
         yield replace(single, changes=changes, without_sum=True)
-    shapes = (16, 4, 64, 4, 16), (8, 4, 64, 8, 8), (8, 4, 64, 4, 8), (16, 8, 32, 4, 16), (16, 4, 64, 12, 16)
+    shapes = (16, 4, 64, 4, 16), (8, 4, 64, 8, 8), (4, 4, 64, 8, 4), (16, 2, 128, 8, 16), (4, 2, 128, 8, 4), (1, 2, 128, 16, 1)
     yield from (replace(single, reduce=_reduce(*shape)) for shape in shapes)
-    yield from (replace(single, block_labels=size) for size in (256, 512, 2048))
+    yield from (replace(single, block_labels=size) for size in (512, 2048))
     yield replace(single, block_labels=512, reduce=_reduce(16, 2, 128, 16, 16))
-    yield replace(single, block_labels=512, reduce=_reduce(8, 2, 128, 8, 8))
+    yield replace(single, block_labels=2048, reduce=_reduce(1, 2, 128, 16, 1))
+    yield replace(single, block_labels=2048, reduce=_reduce(16, 4, 64, 4, 16))
 
 
 def _reduce(block_f: int, block_e: int, block_b: int, turns: int, warps: int) -> dict[str, int]:
@@ -155,6 +157,18 @@ def compile_one(variant: Variant) -> str:
     return ""
 
 
+def _captured(variant: Variant, layer: Layer, batch: tuple[torch.Tensor, ...], orders: Any) -> torch.cuda.CUDAGraph:
+    """A step as a graph, whose replay takes the GPU's time alone and none of Python's."""
+    graph = torch.cuda.CUDAGraph()
+    with applied(variant) as backend:
+        backend.orders = orders  # sorted once for all
+        backend.step(*_call(layer, batch))
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            backend.step(*_call(layer, batch))
+    return graph
+
+
 def _call(layer: Layer, batch: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
     x, positives, documents = batch
     return x, layer, positives, documents, Update(lr=0.01, seed=3)
@@ -196,24 +210,22 @@ def main() -> None:
                 print(f"{variant.title}: WRONG, off by {off[0]:.1e} (dx) and {off[1]:.1e} (change of weights)")
                 continue
             ready.append(variant)
+        graphs = {variant: _captured(variant, layer, batch, orders) for variant in ready}
         for number in range(options.rounds + 1):
-            for variant in ready:
-                with applied(variant) as backend:
-                    backend.orders = orders  # sorted once for all
-                    if number == 0:
-                        backend.step(*_call(layer, batch))
-                    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                    torch.cuda.synchronize()
-                    begin.record()
-                    backend.step(*_call(layer, batch))
-                    end.record()
-                    torch.cuda.synchronize()
+            for variant, graph in graphs.items():
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda.synchronize()
+                begin.record()
+                graph.replay()
+                end.record()
+                torch.cuda.synchronize()
+                if number:
                     times.setdefault(variant, []).append(begin.elapsed_time(end))
         for variant in sorted(ready, key=lambda v: statistics.median(times[v])):
-            median = statistics.median(times[variant][1:])
+            median = statistics.median(times[variant])
             print(f"{median:8.3f} ms (least {min(times[variant]):.3f})  {variant.title}", flush=True)
             found.append({"what": "tune", "variant": variant.title, "labels": options.labels, "median_ms": median})
-        del layer, orders
+        del layer, orders, graphs
         torch.cuda.empty_cache()
     print("records in", records.add("tune", found, options.out))
 

@@ -13,6 +13,8 @@ BF16, FP8, FP32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
 _TENSORS = ("weight", "index", "bias", "momentum", "bias_momentum", "compensation")
 # Below float32, dL/dlogits are rounded to the 8 bits of a bfloat16 (and x, but here it is exact in them).
 TOLERANCE = {FP32: 2e-6, BF16: 5e-3, FP8: 5e-3}
+# Of stored codes: a rounding that tips over is a step of an eighth of the number at most in float8.
+STORED = {BF16: 5e-3, FP8: 2e-2}
 
 
 def case(
@@ -107,7 +109,7 @@ def check_step(backend, device, shape, loss="bce", *, weights=FP32, steps=2, fir
                 assert error(ours, theirs) < 2e-3
             else:
                 # the random bits are the same, so only noise in the gradient can tip a rounding over
-                assert error(stored, expected) < TOLERANCE[stored.dtype]
+                assert error(stored, expected) < STORED[stored.dtype], name
                 if layer.group == 1:
                     assert (stored.cpu().float() != expected.float()).double().mean() < 0.01
         layer = clone(there)

@@ -52,7 +52,7 @@ def backend(monkeypatch):
     others have the shipped ones."""
     from fanin.kernels.triton import Triton, configs
 
-    monkeypatch.setattr(configs, "reduce", lambda group, block_b: configs.Reduce(64, 8, block_b, 1, 4))
+    monkeypatch.setattr(configs, "reduce", lambda group, block_b: configs.Reduce(16, 16, block_b, 2, 4))
     return Triton()
 
 

@@ -123,7 +123,7 @@ def test_a_step_takes_what_was_planned(group, fan_in, batch, weights):
     with Live() as live:
         recorder.step(x, layer, positives, positives, Update(lr=0.1))
     planned = Plan(labels, features, fan_in, group, batch, weights == torch.float32).step_bytes()
-    assert 0.5 * planned < live.peak < 1.05 * planned  # what a GPU takes inside a sort is not seen here
+    assert 0.35 * planned < live.peak < 1.05 * planned  # what a GPU takes inside a sort is not seen here
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.int32])

@@ -281,7 +281,7 @@ class Triton(Backend):
     def _input_gradient(self, job: Job, chunk: int) -> InputGradient:
         order = None
         if self.deterministic:
-            order = self.orders.get(job.layer.index, job.plan.features, job.plan.block_rows())
+            order = self.orders.get(job.layer.index, job.plan.dx_features, job.plan.block_rows())
         return InputGradient(job, order, chunk, self._reduce, self._launch)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fanin.kernels.layer import Layer, Update
 from fanin.kernels.triton import configs
 from fanin.kernels.triton.order import Order
-from fanin.kernels.triton.plan import Plan
+from fanin.kernels.triton.plan import RUN, Plan
 
 
 def raw(stored: Tensor, interpreted: bool) -> Tensor:
@@ -36,7 +36,7 @@ class Job:
     def __init__(self, x: Tensor, layer: Layer, capability: int) -> None:
         wide = layer.weight.dtype == torch.float32
         self.x, self.layer = x, layer
-        self.plan = Plan(layer.labels, x.shape[1], layer.fan_in, layer.group, len(x), wide, capability)
+        self.plan = Plan(layer.labels, x.shape[1], layer.fan_in, layer.group, len(x), wide, capability, layer.learnt)
         self.dtype = torch.float32 if wide else torch.bfloat16
         self.xt = torch.zeros(self.plan.features, self.plan.stride, dtype=self.dtype, device=x.device)
         self.xt[:, : len(x)] = x.detach().t()
@@ -55,7 +55,8 @@ class Job:
 
 
 class InputGradient:
-    """dx while it is summed over chunks of labels: deterministic partial sums [slices, D, stride], or one for atomics.
+    """dx while it is summed over chunks of labels: deterministic partial sums [slices, D, stride], or one for atomics. The
+    former leave out features that are given, not learnt.
 
     rows: what the grouped kernel leaves to be summed; atomic: what kernels add to, None where the sum is deterministic.
     """
@@ -65,7 +66,8 @@ class InputGradient:
         self.order = order
         self._job, self._kernel, self._launch = job, kernel, launch
         slices = 1 if order is None else plan.slices(chunk)
-        self._partial = torch.zeros(slices, plan.features, plan.stride, device=job.x.device)
+        features = plan.features if order is None else plan.dx_features
+        self._partial = torch.zeros(slices, features, plan.stride, device=job.x.device)
         self.atomic = self._partial[0] if order is None else None
         self.rows: Tensor | None = None
         if order is not None and plan.group > 1:
@@ -82,10 +84,10 @@ class InputGradient:
         slices = len(self._partial)
         run = plan.feature_run(slices)
         self._launch(
-            self._kernel, (slices, -(-plan.features // run), plan.stride // config.block_b),
-            g if plan.group == 1 else self.rows, weight, order.places[first:], order.starts[first:], self._partial,
-            blocks, order.rows * plan.fan_in, plan.features, run, plan.stride,
-            FAN_IN=plan.fan_in, TILES=plan.tiles_per_group,
+            self._kernel, (slices, -(-plan.dx_features // run), plan.stride // config.block_b),
+            g if plan.group == 1 else self.rows, weight, order.places[first:], order.starts[first:], order.longest[first:],
+            self._partial, blocks, order.rows * plan.fan_in, plan.dx_features, run, plan.stride,
+            RUN=RUN, FAN_IN=plan.fan_in, TILES=plan.tiles_per_group,
             BLOCK_F=config.block_f, BLOCK_E=config.block_e, BLOCK_B=config.block_b,
             TURNS=config.turns, **configs.options(config),
         )  # fmt: skip

@@ -6,10 +6,11 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fanin.kernels.triton.plan import SORTED_AT_ONCE
+from fanin.kernels.triton.plan import RUN, SORTED_AT_ONCE
 
 _KEPT = 8  # orders
 
@@ -19,19 +20,21 @@ class Order:
     """Places of index [rows, K], flattened, in blocks of `rows` rows, sorted by the feature they hold.
 
     places [blocks, rows * K] uint16 (int32 where a block has more places); starts [blocks, D + 1] int32: feature d's places
-    of block b are places[b, starts[b, d] : starts[b, d + 1]], ascending. The last block may be short.
+    of block b are places[b, starts[b, d] : starts[b, d + 1]], ascending. The last block may be short. longest
+    [blocks, ceil(D / RUN)] int32: the most places that one of each RUN features has.
     """
 
     rows: int
     places: Tensor
     starts: Tensor
+    longest: Tensor
 
     def nbytes(self) -> int:
-        return self.places.nbytes + self.starts.nbytes
+        return self.places.nbytes + self.starts.nbytes + self.longest.nbytes
 
 
 def sort_by_feature(index: Tensor, features: int, rows: int) -> Order:
-    """index [R, K] with values below `features` -> its Order, in blocks of `rows` rows (plan.block_rows).
+    """index [R, K] -> its Order, in blocks of `rows` rows (plan.block_rows); entries of `features` or above are in no list.
 
     Takes 2 bytes for each entry of the index (4 with more than 4,096 features; G > 1: 16,384) and 4 for each feature and
     block, which is less than a tenth of that for the usual shapes; while sorting about 128 MiB more.
@@ -54,7 +57,8 @@ def sort_by_feature(index: Tensor, features: int, rows: int) -> Order:
         ordered, where = own.to(torch.int32).sort(dim=1, stable=True)
         places[begin:end, :width] = where.to(torch.int32).to(places.dtype)
         starts[begin:end] = torch.searchsorted(ordered, wanted.expand(end - begin, -1).contiguous(), out_int32=True)
-    return Order(rows, places, starts)
+    lengths = F.pad(starts.diff(dim=1), (0, -features % RUN))
+    return Order(rows, places, starts, lengths.view(blocks, -1, RUN).amax(2))
 
 
 class Orders:

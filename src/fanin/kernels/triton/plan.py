@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from fanin.kernels.triton import configs
 
-SORTED_AT_ONCE = 2**22
+SORTED_AT_ONCE = 2**21
 """Index entries sorted by feature at once."""
-SORTING_BYTES = 32
+SORTING_BYTES = 48
 """What that takes for each of them."""
+RUN = 16
+"""Features whose longest list is kept with an order."""
 _SMALL = 2**16  # places that a uint16 can number
 _LABELS = 1024  # of a G = 1 block: 64 documents of its rows of g, and its weights, stay in an SM's L1 cache
 _GATHERED_PER_FEATURE, _ADDED_PER_FEATURE = 16, 4  # G = 1, G > 1: shorter lists would leave a program's lanes idle
@@ -21,7 +23,10 @@ _PROGRAMS, _GROUPED_PROGRAMS = 1024, 4096  # that keep a GPU busy
 
 @dataclass(frozen=True)
 class Plan:
-    """A layer's shape, x's, whether the arithmetic is float32 (`wide`) or bfloat16, and the GPU's compute capability."""
+    """A layer's shape, x's, whether the arithmetic is float32 (`wide`) or bfloat16, and the GPU's compute capability.
+
+    learnt: features from this number on have no dx.
+    """
 
     labels: int
     features: int
@@ -30,6 +35,7 @@ class Plan:
     batch: int
     wide: bool = True
     capability: int = 90
+    learnt: int | None = None
 
     @functools.cached_property  # launches ask for it again and again
     def config(self) -> configs.Single | configs.Grouped:
@@ -45,6 +51,11 @@ class Plan:
     @functools.cached_property
     def itemsize(self) -> int:
         return 4 if self.wide else 2
+
+    @functools.cached_property
+    def dx_features(self) -> int:
+        """Features that dx is summed of."""
+        return self.features if self.learnt is None else min(self.learnt, self.features)
 
     @functools.cached_property
     def columns(self) -> int:
@@ -77,7 +88,7 @@ class Plan:
         rows = _SMALL // self.fan_in
         if self.group == 1:
             rows = min(rows, _LABELS)
-        entries = (_GATHERED_PER_FEATURE if self.group == 1 else _ADDED_PER_FEATURE) * self.features
+        entries = (_GATHERED_PER_FEATURE if self.group == 1 else _ADDED_PER_FEATURE) * self.dx_features
         rows = max(rows, -(-entries // self.fan_in))
         return max(rows // _MULTIPLE, 1) * _MULTIPLE
 
@@ -95,7 +106,9 @@ class Plan:
     def slices(self, chunk: int) -> int:
         """Partial sums of dx that are kept apart, so that as many programs can work on it."""
         blocks = -(-min(chunk, self.labels) // self.group // self.block_rows())
-        most = min(_SLICES if self.group == 1 else _GROUPED_SLICES, configs.PARTIAL_BYTES // (4 * self.features * self.stride))
+        most = min(
+            _SLICES if self.group == 1 else _GROUPED_SLICES, configs.PARTIAL_BYTES // (4 * self.dx_features * self.stride)
+        )
         return max(min(blocks, most), 1)
 
     def feature_run(self, slices: int) -> int:
@@ -103,8 +116,8 @@ class Plan:
         config = configs.reduce(self.group, self.config.block_b)
         wanted = _PROGRAMS if self.group == 1 else _GROUPED_PROGRAMS
         programs = max(wanted // (slices * (self.stride // config.block_b)), 1)
-        run = -(-self.features // programs)
-        return -(-run // config.block_f) * config.block_f
+        run = -(-self.dx_features // programs)
+        return -(-run // RUN) * RUN if run > config.block_f else config.block_f
 
     def topk_repeat(self) -> int:
         """G > 1: tiles of labels whose maximum is one number."""
@@ -119,7 +132,10 @@ class Plan:
         rows = -(-self.labels // self.group)
         block = min(self.block_rows(), rows)
         blocks = -(-rows // block)
-        return blocks * (block * self.fan_in * (2 if block * self.fan_in <= _SMALL else 4) + 4 * (self.features + 1))
+        return blocks * (
+            block * self.fan_in * (2 if block * self.fan_in <= _SMALL else 4)
+            + 4 * (self.dx_features + 1 + -(-self.dx_features // RUN))
+        )
 
     def step_bytes(self, budget: int = configs.SCRATCH_BYTES) -> int:
         """What a deterministic step allocates at its highest: the places, and either what sorting them takes, or x, a
@@ -131,7 +147,7 @@ class Plan:
         else:
             groups = -(-chunk // self.group)
             scratch = groups * self.tiles_per_group * self.fan_in * row + (0 if self.fused else chunk * row)
-        dx = 4 * self.features * self.stride
+        dx = 4 * self.dx_features * self.stride
         own = self.features * row + scratch + 24 * (self.tiles(self.labels) + 1) + (self.slices(chunk) + 2) * dx
         entries = min(SORTED_AT_ONCE, -(-self.labels // self.group) * self.fan_in)
         return self.order_bytes() + max(own, SORTING_BYTES * entries)
@@ -139,4 +155,4 @@ class Plan:
 
 def step_bytes(*, labels: int, features: int, fan_in: int, group: int, batch: int, learnt: int | None = None) -> int:
     """Backend.step_bytes of the `triton` backend, also where there is no GPU; with float32 arithmetic, which takes most."""
-    return Plan(labels, features, fan_in, group, batch).step_bytes()
+    return Plan(labels, features, fan_in, group, batch, learnt=learnt).step_bytes()

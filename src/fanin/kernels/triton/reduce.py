@@ -12,18 +12,20 @@ import triton.language as tl
 from fanin.kernels.triton.storage import decode, place_of
 
 
-@triton.jit(do_not_specialize=["blocks", "features", "feature_run"], do_not_specialize_on_alignment=["starts"])
+@triton.jit(do_not_specialize=["blocks", "features", "feature_run"], do_not_specialize_on_alignment=["starts", "longest"])
 def reduce(
     source,  # G = 1: g [labels, stride]; else dx_rows [groups * TILES * fan_in, stride]
     weight,  # G = 1: the stored weights [labels, fan_in] that g is multiplied with; else None
     order,  # [blocks, entries]: each block's places by feature
     starts,  # [blocks, features + 1]: where each feature's places begin in `order`, within the block
+    longest,  # [blocks, ceil(features / RUN)]: the longest list of each RUN features
     partial,  # [slices, features, stride] float32, added to
     blocks,
     entries,  # places a block
     features,
     feature_run,  # features a program works through
     stride,
+    RUN: tl.constexpr,  # a multiple of BLOCK_F
     FAN_IN: tl.constexpr,  # places are divided by it
     TILES: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -52,9 +54,10 @@ def reduce(
             here = feature[:, None] * stride + columns[None, :]
             old = tl.load(target + here, mask=inside[:, None], other=0.0)
             total = tl.zeros([BLOCK_F, BLOCK_E, BLOCK_B], tl.float32)
-            longest = tl.max(stop - start, 0)
+            # kept, not found here: warps that need not meet for it hide each other's waiting
+            most = tl.load(longest + place_of(block, tl.cdiv(features, RUN)) + begin // RUN)
             done = 0
-            while done < longest:
+            while done < most:
                 for turn in tl.static_range(TURNS):
                     entry = start[:, None] + (done + turn * BLOCK_E) + tl.arange(0, BLOCK_E)[None, :]
                     mask = entry < stop[:, None]
