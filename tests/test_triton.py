@@ -31,6 +31,7 @@ SINGLE = [
     (8, 128, 100, 5, 1),
     (6, 140, 128, 33, 1),
     (5, 520, 512, 5, 1),
+    (20, 300, 4, 5, 1),  # so many features that dx is not spread out
 ]
 GROUPED = [
     (37, 48, 1, 5, 16),
@@ -125,12 +126,14 @@ def test_with_atomics(shape):
 
 @inside
 @pytest.mark.parametrize("scratch", [1, 2**20])
-@pytest.mark.parametrize("shape", [(150, 10, 4, 5, 1), (210, 10, 4, 5, 3)])
-def test_in_many_blocks(shape, scratch, monkeypatch):
-    """Blocks of 64 index rows, the last one short: one after another, or in one chunk whose blocks are added side by side."""
+@pytest.mark.parametrize(("shape", "spread"), [((150, 10, 4, 5, 1), 64), ((150, 10, 4, 5, 1), 0), ((210, 10, 4, 5, 3), 0)])
+def test_in_many_blocks(shape, spread, scratch, monkeypatch):
+    """Blocks of 64 index rows, the last one short: one after another, or in one chunk whose blocks are added side by side.
+    For G = 1 with dx from spread-out tiles, and from lists of places."""
     from fanin.kernels.triton import Triton, plan
 
     monkeypatch.setattr(plan, "_SMALL", 256)
+    monkeypatch.setattr(plan, "_SPREAD", spread)
     labels, width, fan_in, batch, group = shape
     own = plan.Plan(labels, width, fan_in, group, batch)
     chunk = own.chunk(scratch, True)
@@ -187,13 +190,13 @@ def test_rewiring_in_place_is_seen(backend, group):
 @inside
 def test_orders_are_forgotten_with_their_index(backend):
     for seed in range(3):
-        layer, x, *_ = case(40, 50, 6, 5, 1, seed=seed)
+        layer, x, *_ = case(40, 50, 6, 5, 8, seed=seed)
         backend.gradients(x, torch.randn(5, 40), layer)
         del layer
         gc.collect()
     assert len(backend.orders._kept) == 1
     with torch.inference_mode():
-        layer, x, *_ = case(40, 50, 6, 5, 1)
+        layer, x, *_ = case(40, 50, 6, 5, 8)
         backend.gradients(x, torch.randn(5, 40), layer)
     assert len(backend.orders._kept) == 1
 

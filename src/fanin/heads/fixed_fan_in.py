@@ -91,8 +91,8 @@ class FixedFanIn(Head):
             self.index[rows.start : rows.stop].copy_(torch.cat([found, words], 1))
             own = self._labels_of(self.weight, rows.start, rows.stop)
             members = slice(rows.within.start * group, rows.within.start * group + len(own))
-            drawn = uniform(seed, 2 * rows.block + 1, members, (size * group, fan_in))
-            own.copy_(drawn.mul_(2 * bound).sub_(bound))
+            values = uniform(seed, 2 * rows.block + 1, members, (size * group, fan_in))
+            own.copy_(values.mul_(2 * bound).sub_(bound))
             if lexical:
                 own[:, self.inner_fan_in :] = torch.zeros(len(own), lexical).to(dtype)
         self.prepare_training(0.0)

@@ -37,8 +37,8 @@ TABLE = Path(__file__).with_name("resources.json")
 CAPABILITIES = (80, 90)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes a block may have on an A100 and an H100 or H200."""
-SPILL_LIMIT = 64
-"""Bytes a thread may spill: 16 registers, written and read once in a program that moves 500 or more."""
+SPILL_LIMIT = 128
+"""Bytes a thread may spill: 32 registers, written and read once in a program that moves 500 or more."""
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async"}
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*u8", torch.uint16: "*u16", torch.int32: "*i32",
@@ -187,9 +187,17 @@ def _record(
 def compiled(launch: Launch) -> dict[str, Any]:
     """What the kernel needs of its GPU: registers and spilled bytes a thread, shared bytes a block,
     and which of `TENSOR_CORES` it uses."""
-    from fanin.kernels.triton import grouped, reduce, single, topk
+    from fanin.kernels.triton import grouped, reduce, single, spread, topk
 
-    kernels = (single.single, grouped.grouped, grouped.grouped_backward, reduce.reduce, topk.pick)
+    kernels = (
+        single.single,
+        grouped.grouped,
+        grouped.grouped_step,
+        grouped.grouped_backward,
+        reduce.reduce,
+        spread.spread,
+        topk.pick,
+    )
     kernel = {kernel.__name__: kernel for kernel in kernels}[launch.kernel]
     places = {name: (i,) for i, (name, _) in enumerate(launch.signature)}
     source = ASTSource(
@@ -246,7 +254,7 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
         limit = SHARED_LIMIT[row["capability"]]
         if row["shared"] > limit:
             found.append(f"{where}: wants {row['shared']} bytes of shared memory; a block may have {limit}")
-        if row["kernel"].startswith("grouped") and not row["tensor_cores"]:
+        if row["kernel"].startswith(("grouped", "spread")) and not row["tensor_cores"]:
             found.append(f"{where}: uses no tensor cores")
     return found
 

@@ -39,10 +39,11 @@ class Triton(Backend):
         self.scratch_bytes = scratch_bytes
         self.orders = Orders()
         self._interpreted = self._find()
-        from fanin.kernels.triton import grouped, reduce, single, topk
+        from fanin.kernels.triton import grouped, reduce, single, spread, topk
 
-        self._single, self._grouped, self._grouped_backward = single.single, grouped.grouped, grouped.grouped_backward
-        self._reduce, self._pick = reduce.reduce, topk.pick
+        self._single, self._grouped = single.single, grouped.grouped
+        self._grouped_step, self._grouped_backward = grouped.grouped_step, grouped.grouped_backward
+        self._reduce, self._spread, self._pick = reduce.reduce, spread.spread, topk.pick
 
     # The face -------------------------------------------------------------------------------------------------------
 
@@ -64,7 +65,7 @@ class Triton(Backend):
         chunk = plan.chunk(self.scratch_bytes, self.deterministic)
         dx = self._input_gradient(job, chunk)
         ranges = job.ranges(labels)
-        blocks = 1 if layer.group == 1 else plan.columns
+        blocks = 1 if plan.fused else plan.columns
         losses = torch.zeros(plan.tiles(layer.labels), blocks, device=x.device) if want_loss else None
         g = old = None
         if self.deterministic if layer.group == 1 else not plan.fused:
@@ -87,8 +88,10 @@ class Triton(Backend):
             if layer.group == 1:
                 self._run_single(job, part, "STEP", dxt=dx.atomic, old=old, **own)
             elif plan.fused:
-                self._run_grouped(job, part, "STEP", dx=dx, **own)
+                del own["g"]
+                self._run_grouped_step(job, part, dx, **own)
             else:
+                del own["update"]
                 self._run_grouped(job, part, "SLOPES", **own)
                 self._run_backward(job, part, g, dx, None, update)
             dx.add(part, g, old)
@@ -204,24 +207,36 @@ class Triton(Backend):
 
     def _run_grouped(
         self, job: Job, part: Layer, mode: str, *, labels: Tensor | None = None, documents: Tensor | None = None,
-        ranges: Tensor | None = None, g: Tensor | None = None, dx: InputGradient | None = None,
-        out: Tensor | None = None, losses: Tensor | None = None, offset: int = 0, loss: int = 0,
-        update: Update | None = None, tiles: int = 0,
+        ranges: Tensor | None = None, g: Tensor | None = None, out: Tensor | None = None, losses: Tensor | None = None,
+        offset: int = 0, loss: int = 0, tiles: int = 0,
     ) -> None:  # fmt: skip
         from fanin.kernels.triton import update as modes
 
         plan, config = job.plan, job.plan.config
-        atomic = None if dx is None else dx.atomic
-        state = part if mode == "STEP" else Layer(part.weight, part.index)
         self._launch(
             self._grouped, (tiles or plan.tiles(part.labels), plan.columns),
-            job.xt, part.weight, part.index, part.bias, state.momentum, state.bias_momentum,
-            state.compensation, labels, documents, ranges, g, None if dx is None else dx.rows, atomic, out, losses,
-            *_numbers(update),
-            part.first, offset, part.labels, part.group, part.fan_in, plan.batch, plan.stride, tiles,
-            MODE=getattr(modes, mode).value, LOSS=loss, ATOMIC=atomic is not None, TILES=plan.tiles_per_group,
+            job.xt, part.weight, part.index, part.bias, labels, documents, ranges, g, out, losses,
+            offset, part.labels, part.group, part.fan_in, plan.batch, plan.stride, tiles,
+            MODE=getattr(modes, mode).value, LOSS=loss, TILES=plan.tiles_per_group,
             REPEAT=plan.topk_repeat() if mode == "MAXIMA" else 1, K_BLOCKS=-(-part.fan_in // config.block_k),
-            BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b, **_whole(plan), **configs.options(config),
+            BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b,
+            WHOLE_K=part.fan_in % config.block_k == 0, **configs.options(config),
+        )  # fmt: skip
+
+    def _run_grouped_step(
+        self, job: Job, part: Layer, dx: InputGradient, *, labels: Tensor, documents: Tensor, ranges: Tensor,
+        losses: Tensor | None, offset: int, loss: int, update: Update,
+    ) -> None:  # fmt: skip
+        plan, config = job.plan, job.plan.config
+        self._launch(
+            self._grouped_step, (plan.tiles(part.labels),),
+            job.xt, part.weight, part.index, part.bias, part.momentum, part.bias_momentum, part.compensation,
+            labels, documents, ranges, dx.rows, dx.atomic, losses, *_numbers(update),
+            part.first, offset, part.labels, part.group, part.fan_in, plan.batch, plan.stride,
+            LOSS=loss, ATOMIC=dx.atomic is not None, TILES=plan.tiles_per_group,
+            BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b,
+            WHOLE_K=plan.fan_in % config.block_k == 0, WHOLE_B=plan.batch == plan.stride,
+            **configs.options(config, capped=losses is None),
         )  # fmt: skip
 
     def _run_backward(
@@ -231,12 +246,13 @@ class Triton(Backend):
         atomic = None if dx is None else dx.atomic
         state = Layer(part.weight, part.index) if update is None else part
         self._launch(
-            self._grouped_backward, (plan.tiles(part.labels), -(-part.fan_in // config.block_k)),
+            self._grouped_backward, (plan.tiles(part.labels), -(-part.fan_in // plan.backward_k)),
             job.xt, part.weight, part.index, state.bias, state.momentum, state.bias_momentum,
             state.compensation, g, None if dx is None else dx.rows, atomic, out, *_numbers(update),
             part.first, part.labels, part.group, part.fan_in, plan.batch, plan.stride,
             ATOMIC=atomic is not None, UPDATE=update is not None, TILES=plan.tiles_per_group,
-            BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b, **_whole(plan),
+            BLOCK_M=plan.tile, BLOCK_K=plan.backward_k, BLOCK_B=config.block_b,
+            WHOLE_K=plan.fan_in % plan.backward_k == 0, WHOLE_B=plan.batch == plan.stride,
             **configs.options(config, capped=part.weight.itemsize > 1),
         )  # fmt: skip
 
@@ -279,14 +295,10 @@ class Triton(Backend):
         return 10 * major + minor
 
     def _input_gradient(self, job: Job, chunk: int) -> InputGradient:
-        order = None
-        if self.deterministic:
-            order = self.orders.get(job.layer.index, job.plan.dx_features, job.plan.block_rows())
-        return InputGradient(job, order, chunk, self._reduce, self._launch)
-
-
-def _whole(plan: Plan) -> dict[str, bool]:
-    return {"WHOLE_K": plan.fan_in % plan.config.block_k == 0, "WHOLE_B": plan.batch == plan.stride}
+        plan, order = job.plan, None
+        if self.deterministic and not plan.spreads:
+            order = self.orders.get(job.layer.index, plan.dx_features, plan.block_rows())
+        return InputGradient(job, self.deterministic, order, chunk, (self._reduce, self._spread), self._launch)
 
 
 def _numbers(update: Update | None) -> tuple[float | int, ...]:

@@ -59,32 +59,62 @@ class InputGradient:
     former leave out features that are given, not learnt.
 
     rows: what the grouped kernel leaves to be summed; atomic: what kernels add to, None where the sum is deterministic.
+    kernels: `reduce` and `spread`.
     """
 
-    def __init__(self, job: Job, order: Order | None, chunk: int, kernel: Any, launch: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        deterministic: bool,
+        order: Order | None,
+        chunk: int,
+        kernels: tuple[Any, Any],
+        launch: Callable[..., None],
+    ) -> None:
         plan = job.plan
         self.order = order
-        self._job, self._kernel, self._launch = job, kernel, launch
-        slices = 1 if order is None else plan.slices(chunk)
-        features = plan.features if order is None else plan.dx_features
+        self._job, self._launch = job, launch
+        self._reduce, self._spread = kernels
+        slices = plan.slices(chunk) if deterministic else 1
+        features = plan.dx_features if deterministic else plan.features
         self._partial = torch.zeros(slices, features, plan.stride, device=job.x.device)
-        self.atomic = self._partial[0] if order is None else None
+        self.atomic = None if deterministic else self._partial[0]
         self.rows: Tensor | None = None
-        if order is not None and plan.group > 1:
+        if deterministic and plan.group > 1:
             self.rows = job.empty(plan.tiles(min(chunk, plan.labels)) * plan.fan_in)
+        self._tiles: Tensor | None = None
 
     def add(self, part: Layer, g: Tensor | None, weight: Tensor | None) -> None:
         """Add what a chunk of labels gives: from `rows`, or for G = 1 from g and its stored weights. Atomics have done it."""
-        plan, order = self._job.plan, self.order
-        if order is None:
+        if self.atomic is not None:
             return
+        if self.order is None:
+            self._add_spread(part, g, weight)
+        else:
+            self._add_gathered(self.order, part, g, weight)
+
+    def _add_spread(self, part: Layer, g: Tensor | None, weight: Tensor | None) -> None:
+        plan = self._job.plan
+        config = configs.spread(plan.fan_in, plan.stride, plan.wide, plan.capability)
+        grid = (len(self._partial), -(-plan.dx_features // config.block_d), plan.stride // config.block_b)
+        if self._tiles is None:
+            tiles = (grid[0] * grid[1] * grid[2], config.block_l, config.block_d)
+            self._tiles = torch.empty(tiles, dtype=self._job.dtype, device=self._job.x.device)
+        self._launch(
+            self._spread, grid,
+            g, weight, part.index, self._tiles, self._partial, part.labels, plan.dx_features, plan.fan_in, plan.stride,
+            K_BLOCKS=-(-plan.fan_in // config.block_k), BLOCK_L=config.block_l, BLOCK_K=config.block_k,
+            BLOCK_D=config.block_d, BLOCK_B=config.block_b, **configs.options(config),
+        )  # fmt: skip
+
+    def _add_gathered(self, order: Order, part: Layer, g: Tensor | None, weight: Tensor | None) -> None:
+        plan = self._job.plan
         config = configs.reduce(plan.group, plan.config.block_b)
         first = (part.first - self._job.layer.first) // plan.group // order.rows
         blocks = -(-len(part.index) // order.rows)
-        slices = len(self._partial)
-        run = plan.feature_run(slices)
+        run = plan.feature_run(len(self._partial))
         self._launch(
-            self._kernel, (slices, -(-plan.dx_features // run), plan.stride // config.block_b),
+            self._reduce, (len(self._partial), -(-plan.dx_features // run), plan.stride // config.block_b),
             g if plan.group == 1 else self.rows, weight, order.places[first:], order.starts[first:], order.longest[first:],
             self._partial, blocks, order.rows * plan.fan_in, plan.dx_features, run, plan.stride,
             RUN=RUN, FAN_IN=plan.fan_in, TILES=plan.tiles_per_group,

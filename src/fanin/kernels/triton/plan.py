@@ -16,6 +16,8 @@ RUN = 16
 _SMALL = 2**16  # places that a uint16 can number
 _LABELS = 1024  # of a G = 1 block: 64 documents of its rows of g, and its weights, stay in an SM's L1 cache
 _GATHERED_PER_FEATURE, _ADDED_PER_FEATURE = 16, 4  # G = 1, G > 1: shorter lists would leave a program's lanes idle
+_SPREAD = 64  # features a weight, at most, with which dx of G = 1 is a product of tiles of mostly zeros
+_SPREAD_PROGRAMS = 528  # four a multiprocessor of the largest GPUs
 _MULTIPLE = 64  # of index rows a block: whole tiles
 _SLICES, _GROUPED_SLICES = 256, 16  # partial sums of dx, at most
 _PROGRAMS, _GROUPED_PROGRAMS = 1024, 4096  # that keep a GPU busy
@@ -58,6 +60,11 @@ class Plan:
         return self.features if self.learnt is None else min(self.learnt, self.features)
 
     @functools.cached_property
+    def spreads(self) -> bool:
+        """Whether dx is summed by spread.py, without an order."""
+        return self.group == 1 and self.dx_features <= _SPREAD * self.fan_in
+
+    @functools.cached_property
     def columns(self) -> int:
         """Blocks of documents."""
         return -(-self.batch // self.config.block_b)
@@ -69,8 +76,13 @@ class Plan:
 
     @functools.cached_property
     def fused(self) -> bool:
-        """Whether one kernel makes a whole step: it then sees all documents of a tile at once."""
-        return self.group == 1 or self.columns == 1
+        """Whether one kernel makes a whole step: it then has a tile's whole fan-in and all documents at once."""
+        return self.group == 1 or (self.fan_in <= self.config.block_k and self.columns == 1)
+
+    @functools.cached_property
+    def backward_k(self) -> int:
+        """block_k where dL/dlogits are given: sums over all documents are held beside those of one block."""
+        return min(self.config.block_k, 64)
 
     @functools.cached_property
     def tiles_per_group(self) -> int:
@@ -84,7 +96,9 @@ class Plan:
 
     def block_rows(self) -> int:
         """Index rows whose entries are sorted by feature together: 2^16 entries or fewer, but where there are many features
-        enough for 16 (G > 1: 4) each."""
+        enough for 16 (G > 1: 4) each. Where nothing is sorted, a tile's."""
+        if self.spreads:
+            return _MULTIPLE
         rows = _SMALL // self.fan_in
         if self.group == 1:
             rows = min(rows, _LABELS)
@@ -105,6 +119,10 @@ class Plan:
 
     def slices(self, chunk: int) -> int:
         """Partial sums of dx that are kept apart, so that as many programs can work on it."""
+        if self.spreads:
+            config = configs.spread(self.fan_in, self.stride, self.wide, self.capability)
+            others = -(-self.dx_features // config.block_d) * (self.stride // config.block_b)
+            return max(min(_SPREAD_PROGRAMS // others, -(-min(chunk, self.labels) // config.block_l)), 1)
         blocks = -(-min(chunk, self.labels) // self.group // self.block_rows())
         most = min(
             _SLICES if self.group == 1 else _GROUPED_SLICES, configs.PARTIAL_BYTES // (4 * self.dx_features * self.stride)
@@ -129,6 +147,8 @@ class Plan:
 
     def order_bytes(self) -> int:
         """Of the sorted places of all index entries (order.py)."""
+        if self.spreads:
+            return 0
         rows = -(-self.labels // self.group)
         block = min(self.block_rows(), rows)
         blocks = -(-rows // block)
@@ -149,6 +169,10 @@ class Plan:
             scratch = groups * self.tiles_per_group * self.fan_in * row + (0 if self.fused else chunk * row)
         dx = 4 * self.dx_features * self.stride
         own = self.features * row + scratch + 24 * (self.tiles(self.labels) + 1) + (self.slices(chunk) + 2) * dx
+        if self.spreads:
+            config = configs.spread(self.fan_in, self.stride, self.wide, self.capability)
+            others = -(-self.dx_features // config.block_d) * (self.stride // config.block_b)
+            return own + self.slices(chunk) * others * config.block_l * config.block_d * self.itemsize
         entries = min(SORTED_AT_ONCE, -(-self.labels // self.group) * self.fan_in)
         return self.order_bytes() + max(own, SORTING_BYTES * entries)
 
