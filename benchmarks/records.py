@@ -29,7 +29,7 @@ def device_name() -> str:
 def provenance(project: Path = RESULTS) -> dict[str, Any]:
     """Device, versions and the commit of `project` ("-dirty" where tracked files differ from it).
 
-    A copy without .git has the commit from the environment, as FANIN_COMMIT.
+    FANIN_COMMIT in the environment is the commit of a copy whose .git is not its own.
     """
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=project, capture_output=True, text=True, check=False
@@ -38,7 +38,7 @@ def provenance(project: Path = RESULTS) -> dict[str, Any]:
         "device": device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": described.stdout.strip() or os.environ.get("FANIN_COMMIT", "unknown"),
+        "commit": os.environ.get("FANIN_COMMIT") or described.stdout.strip() or "unknown",
     }
 
 

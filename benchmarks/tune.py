@@ -1,6 +1,6 @@
 """Which launch configuration is fastest on this GPU: a training step of the classifier layer under each of many.
 
-    python benchmarks/tune.py [--only WORD ...] [--labels N] [--out FOLDER]
+    python benchmarks/tune.py [--only WORD ...] [--shipped] [--labels N] [--out FOLDER]
 
 For a GPU that the configurations in src/fanin/kernels/triton/configs.py were not chosen on. Every variant is compiled first, in
 as many processes as there are cores; then its dx and updated weights are held against those of the shipped configuration, and
@@ -24,7 +24,7 @@ import torch
 
 import records
 from fanin.kernels import Layer, Update
-from fanin.kernels.triton import Triton, configs, plan
+from fanin.kernels.triton import Triton, configs
 
 LABELS, FEATURES, BATCH = 2_812_281, 768, 128
 
@@ -38,7 +38,7 @@ class Variant:
     dtype: str = "bf16"
     changes: dict[str, Any] = field(default_factory=dict)  # fields of configs.Single or configs.Grouped
     reduce: dict[str, Any] = field(default_factory=dict)  # fields of configs.Reduce
-    block_labels: int | None = None  # labels of a block of the order, G = 1
+    spread: dict[str, Any] = field(default_factory=dict)  # fields of configs.Spread
     scratch_mib: int | None = None
     atomic: bool = False
     without_sum: bool = False  # the first kernel alone: dx is not summed, so it is not compared
@@ -51,7 +51,7 @@ class Variant:
         words = [f"G {self.group} K {self.fan_in} {self.dtype}"]
         words += [f"{name} {value}" for name, value in self.changes.items()]
         words += [f"reduce {name} {value}" for name, value in self.reduce.items()]
-        words += [f"blocks of {self.block_labels} labels"] if self.block_labels else []
+        words += [f"spread {name} {value}" for name, value in self.spread.items()]
         words += [f"scratch {self.scratch_mib}"] if self.scratch_mib else []
         words += ["atomic"] if self.atomic else []
         return ", ".join([*words, "without the sum of dx"] if self.without_sum else words)
@@ -84,12 +84,12 @@ def variants() -> Iterator[Variant]:
     ):  # fmt: skip
         changes = {"block_l": rows, "block_b": columns, "warps": warps, "registers": registers}
         yield replace(single, changes=changes, without_sum=True)
-    shapes = (16, 4, 64, 4, 16), (8, 4, 64, 8, 8), (4, 4, 64, 8, 4), (16, 2, 128, 8, 16), (4, 2, 128, 8, 4), (1, 2, 128, 16, 1)
-    yield from (replace(single, reduce=_reduce(*shape)) for shape in shapes)
-    yield from (replace(single, block_labels=size) for size in (512, 2048))
-    yield replace(single, block_labels=512, reduce=_reduce(16, 2, 128, 16, 16))
-    yield replace(single, block_labels=2048, reduce=_reduce(1, 2, 128, 16, 1))
-    yield replace(single, block_labels=2048, reduce=_reduce(16, 4, 64, 4, 16))
+    for block_l, block_k, block_d, block_b, warps, registers in (
+        (64, 32, 128, 128, 8, 128), (64, 16, 128, 128, 8, None), (32, 16, 128, 128, 8, 128), (128, 16, 64, 128, 8, 128),
+        (64, 16, 128, 64, 8, 80), (64, 16, 64, 64, 4, 128),
+    ):  # fmt: skip
+        sizes = {"block_l": block_l, "block_k": block_k, "block_d": block_d, "block_b": block_b}
+        yield replace(single, spread=sizes | {"warps": warps, "registers": registers})
 
 
 def _reduce(block_f: int, block_e: int, block_b: int, turns: int, warps: int) -> dict[str, int]:
@@ -99,7 +99,7 @@ def _reduce(block_f: int, block_e: int, block_b: int, turns: int, warps: int) ->
 @contextlib.contextmanager
 def applied(variant: Variant) -> Iterator[Triton]:
     """The backend under a variant's configuration."""
-    single, grouped, reduce, block_labels = configs.single, configs.grouped, configs.reduce, plan._LABELS
+    single, grouped, reduce, spread = configs.single, configs.grouped, configs.reduce, configs.spread
 
     def reduced(*shape: int) -> configs.Reduce:
         found = replace(reduce(*shape), **variant.reduce)
@@ -108,15 +108,15 @@ def applied(variant: Variant) -> Iterator[Triton]:
     configs.single = lambda *shape: replace(single(*shape), **variant.changes)
     configs.grouped = lambda *shape: replace(grouped(*shape), **variant.changes)
     configs.reduce = reduced
-    plan._LABELS = variant.block_labels or block_labels
+    configs.spread = lambda *shape: replace(spread(*shape), **variant.spread)
     try:
         size = configs.SCRATCH_BYTES if variant.scratch_mib is None else variant.scratch_mib * 2**20
         backend = Triton(deterministic=not variant.atomic, scratch_bytes=size)
         if variant.without_sum:
-            backend._reduce = _Nothing()
+            backend._reduce = backend._spread = _Nothing()
         yield backend
     finally:
-        configs.single, configs.grouped, configs.reduce, plan._LABELS = single, grouped, reduce, block_labels
+        configs.single, configs.grouped, configs.reduce, configs.spread = single, grouped, reduce, spread
 
 
 class _Nothing:
@@ -177,11 +177,16 @@ def _call(layer: Layer, batch: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="variants whose title has all of these words")
+    parser.add_argument(
+        "--shipped", action="store_true", help="the shipped configurations alone, whole and without the sum of dx"
+    )
     parser.add_argument("--labels", type=int, default=LABELS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=records.RESULTS)
     options = parser.parse_args()
     chosen = [v for v in variants() if all(word in v.title for word in options.only)]
+    if options.shipped:
+        chosen = [v for v in chosen if v == replace(Variant(v.group, v.fan_in, v.dtype), without_sum=v.without_sum)]
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(len(chosen), os.cpu_count() or 1, 12)) as pool:
         faults = dict(zip(chosen, pool.map(compile_one, chosen, chunksize=1), strict=True))

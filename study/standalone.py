@@ -115,13 +115,13 @@ def _lay_out(corpus: Corpus, folder: Path) -> None:
 
 
 def commit_of(data: Path) -> str:
-    """The commit that runs here: git's own, else that of $FANIN_COMMIT, else the one that `prepare` saw, which is `-dirty`
+    """The commit that runs here: that of $FANIN_COMMIT, else git's own, else the one that `prepare` saw, which is `-dirty`
     where the stages' source files have changed since."""
+    if told := os.environ.get(COMMIT_VARIABLE):
+        return told
     known = origin()["commit"]
     if known != "unknown":
         return str(known)
-    if told := os.environ.get(COMMIT_VARIABLE):
-        return told
     seen = read_json(data / "origin.json")
     commit = str(seen["commit"])
     return commit if seen["code"] == stage_code(*STAGES) or commit.endswith("-dirty") else f"{commit}-dirty"
