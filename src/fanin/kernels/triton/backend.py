@@ -220,7 +220,8 @@ class Triton(Backend):
             MODE=getattr(modes, mode).value, LOSS=loss, TILES=plan.tiles_per_group,
             REPEAT=plan.topk_repeat() if mode == "MAXIMA" else 1, K_BLOCKS=-(-part.fan_in // config.block_k),
             BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b,
-            WHOLE_K=part.fan_in % config.block_k == 0, **configs.options(config),
+            WHOLE_K=part.fan_in % config.block_k == 0,
+            **configs.options(config, capped=part.weight.itemsize > 1),
         )  # fmt: skip
 
     def _run_grouped_step(
@@ -236,7 +237,7 @@ class Triton(Backend):
             LOSS=loss, ATOMIC=dx.atomic is not None, TILES=plan.tiles_per_group,
             BLOCK_M=plan.tile, BLOCK_K=config.block_k, BLOCK_B=config.block_b,
             WHOLE_K=plan.fan_in % config.block_k == 0, WHOLE_B=plan.batch == plan.stride,
-            **configs.options(config, capped=losses is None),
+            **configs.options(config, capped=losses is None and (part.weight.itemsize > 1 or config.block_k > 32)),
         )  # fmt: skip
 
     def _run_backward(
