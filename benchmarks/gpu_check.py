@@ -41,6 +41,7 @@ def main() -> int:
     # the goals first: should the time run out, what is there has been kept
     layer = ["benchmarks/classifier_step.py", "--out", str(out), "--only"]
     work = {f"classifier_step_{only}": [*layer, only] for only in ("step", "topk", "rewire", "growth")}
+    work["tune"] = ["benchmarks/tune.py", "--shipped", "--out", str(out)]
     lacking = [name for name in ("transformers", "omegaconf", "psutil") if importlib.util.find_spec(name) is None]
     if lacking:
         print(f"memory: left out, for {', '.join(lacking)} cannot be imported here")

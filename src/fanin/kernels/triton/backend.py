@@ -98,7 +98,7 @@ class Triton(Backend):
         return dx.total()[:, : layer.learnt], None if losses is None else losses.sum(dtype=torch.float64)
 
     def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int, learnt: int | None = None) -> int:
-        return Plan(labels, features, fan_in, group, batch).step_bytes(self.scratch_bytes)
+        return Plan(labels, features, fan_in, group, batch, learnt=learnt).step_bytes(self.scratch_bytes)
 
     def logits(self, x: Tensor, layer: Layer) -> Tensor:
         self._check(x, layer)
