@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 
 import pytest
 
@@ -38,9 +39,10 @@ def test_the_table_is_current(rows):
 
 
 def test_large_groups_use_the_tensor_cores_of_their_gpu(rows):
-    steps = [row for row in rows if row["kernel"].startswith(("grouped STEP bfloat16", "grouped STEP float8"))]
+    steps = [row for row in rows if row["kernel"].startswith(("grouped_step", "grouped_backward update", "spread"))]
     for capability, instruction in aot.TENSOR_CORES.items():
-        found = [row for row in steps if row["capability"] == capability and "G=64 K=128 B=128" in row["kernel"]]
+        own = [row for row in steps if row["capability"] == capability and "float32" not in row["kernel"]]
+        found = [row for row in own if "G=64 K=128 B=128" in row["kernel"] or "G=1 K=128 B=128" in row["kernel"]]
         assert len(found) >= 5
         assert all(instruction in row["tensor_cores"] for row in found)
 
@@ -50,7 +52,7 @@ def test_every_configuration_is_compiled():
     compiled = set()
     for launch in aot.shipped():
         constants, options, types = dict(launch.constants), dict(launch.options), dict(launch.signature)
-        if launch.kernel in ("single", "grouped"):
+        if launch.kernel in ("single", "grouped", "grouped_step"):
             wide, registers = types["xt"] == "*fp32", options.get("maxnreg")
             blocks = (constants.get("BLOCK_M"), constants["BLOCK_K"], constants["BLOCK_B"])
             compiled.add((launch.capability, wide, *blocks, options["num_warps"], registers))
@@ -60,6 +62,21 @@ def test_every_configuration_is_compiled():
         for group in GROUPS:
             shape = dataclasses.astuple(configs.grouped(fan_in, group, batch, wide, capability))
             assert (capability, wide, *shape) in compiled, shape
+
+
+def test_a_spread_tile_is_whole_before_it_is_read():
+    """Threads write a tile in global memory that others read: zeros, a barrier, entries, a barrier, and only then loads."""
+    launches = (launch for launch in aot.shipped() if launch.kernel == "spread" and "bfloat16 G=1 K=32 B=128" in launch.case)
+    for launch in launches:
+        pattern = r"(st\.global\.v4|st\.global\.b16|ld\.global\.v4|bar\.sync|wgmma\.mma_async|mma\.sync)"
+        steps = re.findall(pattern, aot.assembled(launch).asm["ptx"])
+        zeros = steps.index("st.global.v4")
+        entries = [i for i, step in enumerate(steps) if step == "st.global.b16"]
+        product = next(i for i, step in enumerate(steps) if step in ("wgmma.mma_async", "mma.sync"))
+        assert zeros < entries[0] < entries[-1] < product
+        assert "bar.sync" in steps[zeros : entries[0]]
+        assert "bar.sync" in steps[entries[-1] : steps.index("ld.global.v4", entries[-1])]
+        assert "bar.sync" in steps[product:]  # before the next tile's zeros
 
 
 def test_faults_and_differences_are_told():

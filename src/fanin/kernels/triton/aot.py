@@ -128,9 +128,9 @@ def _cases() -> Iterator[dict[str, Any]]:
         return {**common, "methods": methods or ("step",), **more}
 
     for weights in (bf16, fp32):
-        blocks = itertools.product((8, 16, 32, 64, 128, 256, 512), (16, 32, 128))
+        blocks = itertools.product((8, 16, 32, 64, 128, 256, 512), (16, 32, 64, 128))
         yield from (cases(weights, 1, fan_in, batch) for fan_in, batch in blocks)
-        yield from (cases(weights, *shape) for shape in itertools.product((8, 32, 64), (16, 32, 64), (16, 32, 64, 128)))
+        yield from (cases(weights, *shape) for shape in itertools.product((8, 32, 64), (16, 32, 64, 128), (16, 32, 64, 128)))
         yield from (cases(weights, *shape) for shape in ((128, 128), (64, 512), (64, 128, 512), (1, 32, 512), (16, 60)))
     everything = ("step", "logits", "gradients", "topk")
     for group, fan_in, batch in ((1, 1, 1), (16, 1, 1), (200, 96, 300)):
@@ -184,20 +184,13 @@ def _record(
     return recorder.launches
 
 
-def compiled(launch: Launch) -> dict[str, Any]:
-    """What the kernel needs of its GPU: registers and spilled bytes a thread, shared bytes a block,
-    and which of `TENSOR_CORES` it uses."""
+def assembled(launch: Launch) -> Any:
+    """The launch as Triton compiles it for its capability."""
     from fanin.kernels.triton import grouped, reduce, single, spread, topk
 
     kernels = (
-        single.single,
-        grouped.grouped,
-        grouped.grouped_step,
-        grouped.grouped_backward,
-        reduce.reduce,
-        spread.spread,
-        topk.pick,
-    )
+        single.single, grouped.grouped, grouped.grouped_step, grouped.grouped_backward, reduce.reduce, spread.spread, topk.pick,
+    )  # fmt: skip
     kernel = {kernel.__name__: kernel for kernel in kernels}[launch.kernel]
     places = {name: (i,) for i, (name, _) in enumerate(launch.signature)}
     source = ASTSource(
@@ -206,8 +199,13 @@ def compiled(launch: Launch) -> dict[str, Any]:
         {places[name]: value for name, value in launch.constants},
         {(i,): [["tt.divisibility", 16]] for i in launch.aligned},
     )
-    target = GPUTarget("cuda", launch.capability, 32)
-    result = triton.compile(source, target=target, options=dict(launch.options))
+    return triton.compile(source, target=GPUTarget("cuda", launch.capability, 32), options=dict(launch.options))
+
+
+def compiled(launch: Launch) -> dict[str, Any]:
+    """What the kernel needs of its GPU: registers and spilled bytes a thread, shared bytes a block,
+    and which of `TENSOR_CORES` it uses."""
+    result = assembled(launch)
     usage = _usage(result.asm["cubin"])
     found = [word for word in TENSOR_CORES.values() if word in result.asm["ptx"]]
     return {
