@@ -39,7 +39,9 @@ def generated(corpus: str, methods: Mapping[str, Method], folder: Path = RESULTS
     devices; draws into `plots` where it is given."""
     title = CORPORA[corpus].title if corpus in CORPORA else corpus
     parts = []
-    for path, records in _by_device(corpus, folder):
+    files = _by_device(corpus, folder)
+    for path, records in files:
+        parts += [f"### {title}: {records[0]['device']}"] if len(files) > 1 else []
         parts += [_measured(records, path), results(records, methods)]
         place = PAGE.parent / "study" / path.stem.removeprefix("study-")
         if plots is not None:
