@@ -77,7 +77,9 @@ class Side:
         index = 2 * self.labels / (self.group or 1) * reads if self.head == "fixed_fan_in" else 0
         moved = self.labels * (reads * 2 * (entry + state) + 8 * (1 + bool(self.momentum))) + index
         flops = 6 * self.labels * reads * self.batch
-        return 1e3 * max(moved / rates["copy"], flops / rates["gemm_fp32" if self.dtype == "fp32" else "gemm_bf16"])
+        # what is stored below float32 can be multiplied as either: some CPUs are slow in bfloat16
+        products = rates["gemm_fp32"] if self.dtype == "fp32" else max(rates["gemm_fp32"], rates["gemm_bf16"])
+        return 1e3 * max(moved / rates["copy"], flops / products)
 
     @property
     def title(self) -> str:
