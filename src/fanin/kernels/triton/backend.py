@@ -79,20 +79,16 @@ class Triton(Backend):
                 "labels": labels,
                 "documents": documents,
                 "ranges": ranges[tile:],
-                "g": g,
                 "losses": None if losses is None else losses[tile:],
                 "offset": offset,
                 "loss": LOSSES.index(loss),
-                "update": update,
             }
             if layer.group == 1:
-                self._run_single(job, part, "STEP", dxt=dx.atomic, old=old, **own)
+                self._run_single(job, part, "STEP", dxt=dx.atomic, g=g, old=old, update=update, **own)
             elif plan.fused:
-                del own["g"]
-                self._run_grouped_step(job, part, dx, **own)
+                self._run_grouped_step(job, part, dx, update=update, **own)
             else:
-                del own["update"]
-                self._run_grouped(job, part, "SLOPES", **own)
+                self._run_grouped(job, part, "SLOPES", g=g, **own)
                 self._run_backward(job, part, g, dx, None, update)
             dx.add(part, g, old)
         return dx.total()[:, : layer.learnt], None if losses is None else losses.sum(dtype=torch.float64)

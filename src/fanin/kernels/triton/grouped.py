@@ -30,6 +30,21 @@ def _features(xt, feature, in_row, columns, stride):
 
 
 @triton.jit
+def _slopes(
+    z, m, columns, in_tile, labels, documents, ranges, losses, tile, place, label, batch, LOSS: tl.constexpr
+):  # fmt: skip
+    """dL/dz of a tile whose first label is the positives' number `label`; the loss is stored at losses + place."""
+    start, end = tl.load(ranges + tile), tl.load(ranges + tile + 1)
+    if losses is not None:
+        value = at_positives(
+            loss_of(z, LOSS), z, m[:, None], columns[None, :], labels, documents, start, end, label, LOSS, False
+        )
+        value = tl.where(in_tile[:, None] & (columns < batch)[None, :], value, 0.0)
+        tl.store(losses + place, tl.sum(tl.sum(value, 1), 0))
+    return at_positives(slope(z, LOSS), z, m[:, None], columns[None, :], labels, documents, start, end, label, LOSS, True)
+
+
+@triton.jit
 def _add_dx(w, slopes, feature, in_row, dx_rows, dxt, tile, k, columns, fan_in, batch, stride, ATOMIC: tl.constexpr):
     """What one block of a tile's fan-in adds to dx. Pads of a row go nowhere, and pads of a tile have slope 0."""
     dx = product(tl.trans(w), slopes, tl.zeros([w.shape[1], slopes.shape[1]], tl.float32))
@@ -97,17 +112,10 @@ def grouped(
             here = place_of(begin, stride) + (m[:, None] * stride + columns[None, :])
             tl.store(out + here, z, mask=in_tile[:, None])
         else:
-            start, end = tl.load(ranges + tile), tl.load(ranges + tile + 1)
-            if losses is not None:
-                value = loss_of(z, LOSS)
-                value = at_positives(
-                    value, z, m[:, None], columns[None, :], labels, documents, start, end, offset + begin, LOSS, False
-                )
-                value = tl.where(in_tile[:, None] & (columns < batch)[None, :], value, 0.0)
-                tl.store(losses + tile * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(value, 1), 0))
-            slopes = at_positives(
-                slope(z, LOSS), z, m[:, None], columns[None, :], labels, documents, start, end, offset + begin, LOSS, True
-            )
+            place = tile * tl.num_programs(1) + tl.program_id(1)
+            slopes = _slopes(
+                z, m, columns, in_tile, labels, documents, ranges, losses, tile, place, offset + begin, batch, LOSS
+            )  # fmt: skip
             here = place_of(begin, stride) + (m[:, None] * stride + columns[None, :])
             tl.store(g + here, rounded(slopes, xt), mask=in_tile[:, None])
     if MODE == MAXIMA:
@@ -171,17 +179,8 @@ def grouped_step(
         z = product(w, x, z)
     if bias is not None:
         z += tl.load(bias + begin + m, mask=in_tile, other=0)[:, None]
-    start, end = tl.load(ranges + tile), tl.load(ranges + tile + 1)
-    if losses is not None:
-        value = at_positives(
-            loss_of(z, LOSS), z, m[:, None], columns[None, :], labels, documents, start, end, offset + begin, LOSS, False
-        )
-        value = tl.where(in_tile[:, None] & (columns < batch)[None, :], value, 0.0)
-        tl.store(losses + tile, tl.sum(tl.sum(value, 1), 0))
     # pads of a tile have weights of 0, and pads of the batch x of 0: their slopes reach no sum but the bias's
-    slopes = at_positives(
-        slope(z, LOSS), z, m[:, None], columns[None, :], labels, documents, start, end, offset + begin, LOSS, True
-    )
+    slopes = _slopes(z, m, columns, in_tile, labels, documents, ranges, losses, tile, tile, offset + begin, batch, LOSS)
     short = rounded(slopes, xt)
     if bias is not None:
         own = slopes if WHOLE_B else tl.where((columns < batch)[None, :], slopes, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -95,10 +96,9 @@ class InputGradient:
 
     def _add_spread(self, part: Layer, g: Tensor | None, weight: Tensor | None) -> None:
         plan = self._job.plan
-        config = configs.spread(plan.fan_in, plan.stride, plan.wide, plan.capability)
-        grid = (len(self._partial), -(-plan.dx_features // config.block_d), plan.stride // config.block_b)
+        config, grid = plan.spread, plan.spread_grid(len(self._partial))
         if self._tiles is None:
-            tiles = (grid[0] * grid[1] * grid[2], config.block_l, config.block_d)
+            tiles = (math.prod(grid), config.block_l, config.block_d)
             self._tiles = torch.empty(tiles, dtype=self._job.dtype, device=self._job.x.device)
         self._launch(
             self._spread, grid,

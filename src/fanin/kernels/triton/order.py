@@ -37,7 +37,7 @@ def sort_by_feature(index: Tensor, features: int, rows: int) -> Order:
     """index [R, K] -> its Order, in blocks of `rows` rows (plan.block_rows); entries of `features` or above are in no list.
 
     Takes 2 bytes for each entry of the index (4 with more than 4,096 features; G > 1: 16,384) and 4 for each feature and
-    block, which is less than a tenth of that for the usual shapes; while sorting about 128 MiB more.
+    block, which is less than a tenth of that for the usual shapes; while sorting about 96 MiB more.
     """
     total, fan_in = index.shape
     rows = min(rows, total)

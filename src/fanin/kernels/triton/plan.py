@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from fanin.kernels.triton import configs
@@ -65,6 +66,14 @@ class Plan:
         return self.group == 1 and self.dx_features <= _SPREAD * self.fan_in
 
     @functools.cached_property
+    def spread(self) -> configs.Spread:
+        return configs.spread(self.fan_in, self.stride, self.wide, self.capability)
+
+    def spread_grid(self, slices: int) -> tuple[int, int, int]:
+        """Programs of spread.py: slices of labels, runs of features, blocks of documents."""
+        return slices, -(-self.dx_features // self.spread.block_d), self.stride // self.spread.block_b
+
+    @functools.cached_property
     def columns(self) -> int:
         """Blocks of documents."""
         return -(-self.batch // self.config.block_b)
@@ -120,9 +129,8 @@ class Plan:
     def slices(self, chunk: int) -> int:
         """Partial sums of dx that are kept apart, so that as many programs can work on it."""
         if self.spreads:
-            config = configs.spread(self.fan_in, self.stride, self.wide, self.capability)
-            others = -(-self.dx_features // config.block_d) * (self.stride // config.block_b)
-            return max(min(_SPREAD_PROGRAMS // others, -(-min(chunk, self.labels) // config.block_l)), 1)
+            programs = math.prod(self.spread_grid(1))
+            return max(min(_SPREAD_PROGRAMS // programs, -(-min(chunk, self.labels) // self.spread.block_l)), 1)
         blocks = -(-min(chunk, self.labels) // self.group // self.block_rows())
         most = min(
             _SLICES if self.group == 1 else _GROUPED_SLICES, configs.PARTIAL_BYTES // (4 * self.dx_features * self.stride)
@@ -170,9 +178,8 @@ class Plan:
         dx = 4 * self.dx_features * self.stride
         own = self.features * row + scratch + 24 * (self.tiles(self.labels) + 1) + (self.slices(chunk) + 2) * dx
         if self.spreads:
-            config = configs.spread(self.fan_in, self.stride, self.wide, self.capability)
-            others = -(-self.dx_features // config.block_d) * (self.stride // config.block_b)
-            return own + self.slices(chunk) * others * config.block_l * config.block_d * self.itemsize
+            tiles = math.prod(self.spread_grid(self.slices(chunk)))
+            return own + tiles * self.spread.block_l * self.spread.block_d * self.itemsize
         entries = min(SORTED_AT_ONCE, -(-self.labels // self.group) * self.fan_in)
         return self.order_bytes() + max(own, SORTING_BYTES * entries)
 
