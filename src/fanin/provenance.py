@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -77,13 +78,16 @@ def machine() -> dict[str, str]:
 
 
 def _processor() -> str:
+    """The processor's name; where a virtual machine hides the model ("AMD EPYC"), its family and model numbers beside it."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()]
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = []
+    fields = {key.strip(): value.strip() for key, _, value in lines}
+    name = fields.get("model name", "")
+    if name and not re.search(r"\d", name) and {"cpu family", "model"} <= fields.keys():
+        name = f"{name} (family {fields['cpu family']}, model {fields['model']})"
+    return name or platform.processor() or platform.machine()
 
 
 def device(setting: str) -> str:
