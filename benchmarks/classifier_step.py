@@ -1,6 +1,6 @@
 """The classifier layer alone: a training step, top-k and rewiring, every kind of head side by side, and this machine's floors.
 
-    python benchmarks/classifier_step.py [--quick] [--only step growth topk rewire] [--labels N ...] [--out FOLDER]
+    python benchmarks/classifier_step.py [--quick] [--only step growth topk rewire] [--out FOLDER]
 
 Each side is checked against dense arithmetic in float64 before any time is printed; the sides of a comparison take turns.
 Runs on the GPU where there is one, else on the CPU. Needs torch, numpy (and triton on a GPU) alone.

@@ -157,6 +157,36 @@ def test_checkpointing_is_refused_where_the_model_has_no_layers_for_it() -> None
         Encoder(model, None).set_checkpointing()
 
 
+def test_a_cpu_trains_in_bfloat16_with_attention_in_float32(
+    folder: Path, batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+    fused = module.sdpa_attention_forward
+    monkeypatch.setattr(
+        module, "sdpa_attention_forward", lambda m, q, *args, **options: seen.append(q.dtype) or fused(m, q, *args, **options)
+    )
+    encoder = Encoder.load(folder)
+    exact = torch.autograd.grad(encoder(*batch).square().sum(), list(encoder.parameters()))
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad(encoder(*batch).square().sum(), list(encoder.parameters()))
+        assert set(seen) == {torch.float32}
+        seen.clear()
+        with torch.no_grad():
+            encoder(*batch)
+    assert set(seen) == {torch.bfloat16}
+    for found, wanted in zip(gradients, exact, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - wanted).norm() <= 0.1 * wanted.norm() + 1e-4
+
+
+def test_a_saved_model_names_no_attention_that_only_this_project_has(folder: Path, tmp_path: Path) -> None:
+    Encoder.load(folder).save(tmp_path / "model")
+    assert "sdpa" not in (tmp_path / "model" / "config.json").read_text()
+    assert AutoModel.from_pretrained(tmp_path / "model").config._attn_implementation == "sdpa"
+
+
 def test_half_precision_weights_are_read_as_float32(tmp_path: Path) -> None:
     BertModel(tiny_config("bert"), add_pooling_layer=False).half().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

@@ -94,12 +94,14 @@ class EncoderShape:
         mask = 1 if cuda else entry  # a CPU keeps dropout's factors, CUDA one byte each
         positions = batch * tokens
         # float32: x, q, k, v, the attention's output, both norms' inputs, the first one's output; under autocast the
-        # norms' inputs stay float32, x is cast for each of q, k and v, and written-out attention is float32
-        hidden = (24 if half else 32) + self.dropouts * mask + (6 if half and written else 0)
+        # norms' inputs stay float32, x is cast for each of q, k and v, and a CPU's attention is float32
+        wide = 0 if not half else 6 if written else 0 if cuda else 10
+        hidden = (24 if half else 32) + self.dropouts * mask + wide
         layer = positions * self.hidden * hidden + 2 * entry * positions * self.feed_forward + 16 * positions
         if written:
             return layer + batch * self.heads * tokens * tokens * _FLOAT * (3 if self.attention_dropout else 1)
-        return layer + positions * self.heads * _FLOAT + batch * tokens * tokens * entry  # log-sum-exp, padding mask
+        padding = batch * tokens * tokens * (entry if cuda else _FLOAT)
+        return layer + positions * self.heads * _FLOAT + padding  # and log-sum-exp
 
     def temporaries(
         self, batch: int, tokens: int, device: str, precision: torch.dtype, checkpointing: bool = False
