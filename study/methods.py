@@ -38,6 +38,7 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)  # dotted keys over params.yaml; a compression's own
     of: str = ""
     bytes_of: str = ""
+    against: str = ""
 
 
 def load_methods(path: Path = TABLE) -> dict[str, Method]:
@@ -51,16 +52,17 @@ def load_methods(path: Path = TABLE) -> dict[str, Method]:
             raise InputError(f"{path}: {name}: an entry needs `about`, and a name that no rival has")
         methods[str(name)] = _method(str(name), dict(entry), path)
     for method in methods.values():
-        for other in filter(None, (method.of, method.bytes_of)):
+        for other in filter(None, (method.of, method.bytes_of, method.against)):
             if methods.get(other) is None or methods[other].kind != "trained":
                 raise InputError(f"{path}: {method.name}: {other!r} is not a method of this table that is trained")
+        if method.against and methods[method.against].role != "dense":
+            raise InputError(f"{path}: {method.name}: against: {method.against} has not the role dense")
     return methods
 
 
 def _method(name: str, entry: dict[str, Any], path: Path) -> Method:
-    common = {
-        key: entry.pop(key, default) for key, default in (("tier", "main"), ("role", ""), ("about", ""), ("bytes_of", ""))
-    }
+    defaults = {"tier": "main", "role": "", "about": "", "bytes_of": "", "against": ""}
+    common = {key: entry.pop(key, default) for key, default in defaults.items()}
     if common["tier"] not in TIERS or common["role"] not in ROLES:
         raise InputError(f"{path}: {name}: tier is one of {', '.join(TIERS)}; role, if any, dense or floor")
     if "compress" in entry:

@@ -1,8 +1,9 @@
 """Renew what docs/study.md takes from the records: `python -m study.page` (`make study-page`).
 
 Between `<!-- records: near -->` and `<!-- end -->` stands what is generated for a corpus: what it holds, where it was
-measured, tables, plots (docs/study/<corpus>-<device>/). Everything outside is written by hand. With --check nothing is
-written, and the exit code is 1 where the page is not what the records say.
+measured, tables, plots (docs/study/<corpus>-<device>/); between `<!-- summary -->` and `<!-- end -->` the table over all
+corpora. Everything outside is written by hand. With --check nothing is written, and the exit code is 1 where the page is
+not what the records say.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from study.corpora import CORPORA
 from study.methods import Method, load_methods
 from study.plots import draw_all
 from study.records import RESULTS
+from study.summary import summary
 from study.tables import results
 
 PAGE = Path("docs/study.md")
 _PLACE = re.compile(r"<!-- records: ([a-z0-9-]+) -->\n.*?<!-- end -->", re.DOTALL)
+_SUMMARY = re.compile(r"<!-- summary -->\n.*?<!-- end -->", re.DOTALL)
 CAPTIONS = {
     "bytes": "Accuracy against the bytes of the output layer; the grey line is the front of what nothing beats in both",
     "model": "Accuracy against the bytes of the whole model, encoder too",
@@ -83,6 +86,8 @@ def renewed(text: str, methods: Mapping[str, Method], plots: Path | None) -> str
     def fill(place: re.Match[str]) -> str:
         return f"<!-- records: {place[1]} -->\n{generated(place[1], methods, plots=plots)}\n<!-- end -->"
 
+    corpora = {CORPORA[name].title: [records for _, records in _by_device(name, RESULTS)] for name in CORPORA}
+    text = _SUMMARY.sub(lambda _: f"<!-- summary -->\n{summary(corpora, methods)}\n<!-- end -->", text)
     return _PLACE.sub(fill, text)
 
 

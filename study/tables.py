@@ -83,9 +83,12 @@ def recovery(row: Row, found: Sequence[Row], methods: Mapping[str, Method], figu
 
 
 def results(records: Sequence[Mapping[str, Any]], methods: Mapping[str, Method]) -> str:
-    """The main table and that by label frequency, as Markdown."""
+    """The tables of accuracy, cost and label frequency, and what the methods' names stand for, as Markdown."""
     found = rows(records, methods)
-    blocks = [quality_table(found, methods), cost_table(found), frequency_table(found)] if found else ["No records yet."]
+    blocks = ["No records yet."]
+    if found:
+        names = "\n".join(f"- `{row.name}`: {row.about}" for row in found)
+        blocks = [quality_table(found, methods), names, cost_table(found), frequency_table(found)]
     absent = [
         f"- {record['about']}: not available here ({record['unavailable']})" for record in records if "unavailable" in record
     ]
@@ -101,7 +104,7 @@ def quality_table(found: Sequence[Row], methods: Mapping[str, Method]) -> str:
         # a linear model on TF-IDF is no point between the two ends
         closed = [None if row.kind == "rival" else recovery(row, found, methods, figure) for figure in RECOVERED]
         body.append(
-            [row.about, str(len(row.seeds)), *cells, *(ABSENT if share is None else f"{share:.0f} %" for share in closed)]
+            [f"`{row.name}`", str(len(row.seeds)), *cells, *(ABSENT if share is None else f"{share:.0f} %" for share in closed)]
         )
     return markdown(header, body)
 
@@ -118,7 +121,7 @@ def cost_table(found: Sequence[Row]) -> str:
         if head is not None and shared is not None and dense is not None:
             size = [f"{head:.2f}", f"{shared:.2f}", f"{head / dense:.3f}", f"{(head + shared) / dense:.3f}"]
         others = [row.mean(key) for key in ("model_mib", "train_seconds", "prepared_seconds", "peak_mib")]
-        body.append([row.about, *size, *(ABSENT if value is None else f"{value:.0f}" for value in others)])
+        body.append([f"`{row.name}`", *size, *(ABSENT if value is None else f"{value:.0f}" for value in others)])
     return markdown(header, body)
 
 
@@ -129,19 +132,22 @@ def frequency_table(found: Sequence[Row]) -> str:
     body = []
     for row in found:
         values = [row.splits[split].get(figure) for figure in figures for split in SPLITS]
-        body.append([row.about, *(ABSENT if not value else f"{statistics.fmean(value):.1f}" for value in values)])
+        body.append([f"`{row.name}`", *(ABSENT if not value else f"{statistics.fmean(value):.1f}" for value in values)])
     return markdown(header, body)
 
 
-def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up in plain text too, numbers to the right."""
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]], text: int = 1) -> str:
+    """A Markdown table whose columns line up in plain text too: the first `text` to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+        padded = [
+            cell.ljust(width) if i < text else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
         return f"| {' | '.join(padded)} |"
 
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rule = ["-" * width if i < text else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join([line(header), line(rule), *(line(row) for row in body)])
 
 

@@ -54,6 +54,13 @@ def test_there_is_a_ceiling_and_a_floor() -> None:
     assert roles.count("dense") >= 2  # dense with a random start, and with the care that sparse gets
 
 
+@pytest.mark.parametrize("method", [method for method in METHODS.values() if method.against], ids=lambda method: method.name)
+def test_methods_that_are_set_side_by_side_train_as_long(method: Method) -> None:
+    ours, dense = (configuration(METHODS[name].settings, ROOT) for name in (method.name, method.against))
+    assert ours.train.epochs == dense.train.epochs
+    assert (ours.rewiring.recode_at, ours.rewiring.refit_epochs) == (dense.rewiring.recode_at, dense.rewiring.refit_epochs)
+
+
 def test_methods_are_chosen_by_name_tier_and_kind() -> None:
     assert [m.name for m in choose(METHODS, "sparse, dense sparse")] == ["sparse", "dense"]
     assert {m.kind for m in choose(METHODS, "rivals")} == {"rival"}
@@ -74,6 +81,7 @@ def test_methods_are_chosen_by_name_tier_and_kind() -> None:
         ("a: {about: x, compress: prune, K: 3, of: b}", "'b' is not a method"),
         ("a: {about: x, compress: zip, of: b}", "compress takes"),
         ("a: {about: x, bytes_of: bonsai, settings: {}}", "'bonsai' is not a method of this table that is trained"),
+        ("{a: {about: x, settings: {}}, b: {about: x, against: a, settings: {}}}", "b: against: a has not the role dense"),
     ],
 )
 def test_a_broken_entry_is_named(entry: str, message: str, tmp_path: Path) -> None:

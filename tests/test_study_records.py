@@ -16,6 +16,7 @@ from fanin.files import InputError, write_json
 from study import page, plots
 from study.methods import Method
 from study.records import FIGURES, Records, quality, scored, sizes
+from study.summary import summary
 from study.tables import markdown, recovery, results, rows, write_csv
 
 METHODS = {
@@ -25,7 +26,7 @@ METHODS = {
         Method("dense", "dense", "trained", role="dense"),
         Method("dense_start", "dense, better", "trained", role="dense"),
         Method("plain", "plain sparse", "trained", role="floor"),
-        Method("good", "good sparse", "trained"),
+        Method("good", "good sparse", "trained", against="dense_start"),
     )
 }
 
@@ -130,12 +131,27 @@ def test_recovery_goes_from_the_floor_to_the_best_dense() -> None:
 def test_the_table_has_a_line_a_method_and_names_what_was_not_there() -> None:
     absent = {"method": "bonsai", "seed": 1, "about": "Bonsai", "unavailable": "cannot be imported", "kind": "rival"}
     text = results([*RECORDS[:-1], absent], METHODS)
-    assert "| dense, better " in text
+    assert "| `dense_start` " in text
+    assert "- `dense_start`: dense, better\n" in text
     assert "70.00 ± 1.41" in text
     assert "75 %" in text
     assert "- Bonsai: not available here (cannot be imported)" in text
     assert "0.125" in text  # 3 of 24 MiB
     assert results([], METHODS) == "No records yet."
+
+
+def test_the_summary_pairs_runs_of_one_device_commit_and_seed() -> None:
+    here = [*RECORDS, record("good", 2, 66.0), record("good", 3, 99.0)]  # the dense method has no seed 3
+    there = [record("good", 1, 40.0), record("dense_start", 1, 80.0, commit="d" * 40)]
+    table = summary({"Near": [here, there], "Elsewhere": [there]}, METHODS).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    good, dense, rival = cells[2:]
+    assert good[:5] == ["Near", "`good`", "2", "0.125", "0.208"]
+    assert good[5] == "65.50 ± 0.71"
+    assert good[-1] == "93.6 ± 0.9 %"  # 65 of 69 and 66 of 71
+    assert dense[:3] == ["Near", "`dense_start`", "2"]
+    assert rival[:5] == ["Near", "`bonsai`", "1", "-", "-"]
+    assert summary({"Near": [there]}, METHODS) == "No records yet."
 
 
 def test_markdown_lines_up() -> None:
