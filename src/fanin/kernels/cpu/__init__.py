@@ -1,7 +1,8 @@
 """The `cpu` backend: C++ (fixed_fan_in.cpp) that reads torch's memory in place.
 
-Weights float32, bfloat16 or float8_e4m3fn; arithmetic in float32; as many threads as torch.get_num_threads(). The same result,
-bit for bit, whatever that number is.
+Weights float32, bfloat16 or float8_e4m3fn; as many threads as torch.get_num_threads(). The same result, bit for bit, whatever
+that number is. Arithmetic in float32; but where the processor has units for bfloat16 (AVX-512), a step of groups stored in
+bfloat16 or float8 rounds x and dL/dz to bfloat16 and sums their products in float32, as the `triton` backend does.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Cpu(Backend):
     def __init__(self) -> None:
         """Compiles on first use. Raises Unavailable, with the reason, where that cannot be done."""
         self._library = library()
+        self.bfloat16_units = bool(self._library.fanin_bfloat16_units())
 
     def step(
         self,

@@ -237,6 +237,19 @@ struct Job {
     uint32_t weight_seed, momentum_seed;
 };
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define BFLOAT16_UNITS
+#endif
+
+// Whether a step multiplies in bfloat16. All else keeps to float32, fanin_pick in the same order.
+inline bool in_bfloat16(const Job& job) {
+#ifdef BFLOAT16_UNITS
+    return job.mode == STEP && job.group > 1 && job.weight_type != FLOAT32;
+#else
+    return false;
+#endif
+}
+
 void decode(const void* stored, int64_t type, int64_t at, int64_t n, float* out) {
     if (type == FLOAT32) {
         std::memcpy(out, static_cast<const float*>(stored) + at, n * sizeof(float));
@@ -488,12 +501,14 @@ public:
         std::fill(data(), data() + lines.size() * LINE, value);
     }
     float* data() { return lines.empty() ? nullptr : lines[0].values; }
+    const float* data() const { return lines.empty() ? nullptr : lines[0].values; }
     float& operator[](int64_t i) { return data()[i]; }
 };
 
 struct Scratch {
     int64_t stride;  // K rounded up to whole vectors
     Lines weight, dweight, turned, z, dbias, dense, best;
+    Lines pairs_k, pairs_l, rows, g_columns, g_labels;  // of two bfloat16 each, for BFLOAT16_UNITS
     std::vector<int32_t> index;
     // a label's entries whose features are present, where some are not
     Lines own_weight, own_dweight;
@@ -507,6 +522,12 @@ struct Scratch {
         z.assign(job.group * PANEL, 0.0f);
         dbias.assign(job.group, 0.0f);
         if (job.group > 1) turned.assign(PANEL * stride, 0.0f);
+        if (in_bfloat16(job)) {
+            const int64_t couples = (job.group + 1) / 2;
+            pairs_k.assign(job.group * stride / 2, 0.0f), pairs_l.assign(couples * stride, 0.0f);
+            rows.assign(stride / 2 * PANEL, 0.0f);
+            g_columns.assign(job.group * PANEL / 2, 0.0f), g_labels.assign(couples * PANEL, 0.0f);
+        }
         if (job.present) {
             own_weight.assign(stride, 0.0f), own_dweight.assign(stride, 0.0f);
             own_index.assign(stride, 0), place.assign(stride, 0);
@@ -612,6 +633,149 @@ void choose_candidates(const Job& job, Scratch& s, int64_t members, int32_t* to)
     for (; found < job.count; found++) to[found] = -1;
 }
 
+#ifdef BFLOAT16_UNITS
+// The same three products on pairs of bfloat16, each pair multiplied and added into a float32 sum at once: twice the rate. x and
+// g are rounded to bfloat16 here; the weights are such numbers already. A pair is two features (logits), two documents (dW) or
+// two labels (dx), and lies in a float's place.
+
+// a's sixteen values, then b's
+inline vf rounded(vf a, vf b) { return (vf)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+
+// a0 b0 a1 b1 ..
+inline vf coupled(vf a, vf b) {
+    alignas(64) static const int16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (vf)_mm512_permutexvar_epi16(_mm512_load_si512(ORDER), (__m512i)rounded(a, b));
+}
+
+inline vf add_products(vf sum, float pair, vf pairs) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(pair), (__m512bh)pairs);
+}
+
+void pair_weights(Scratch& s, int64_t members) {
+    for (int64_t l = 0; l < members; l++)
+        for (int64_t k = 0; k < s.stride; k += LANES) {
+            __m256bh pairs = _mm512_cvtneps_pbh((__m512)load(&s.weight[l * s.stride + k]));
+            std::memcpy(&s.pairs_k[(l * s.stride + k) / 2], &pairs, sizeof pairs);
+        }
+    for (int64_t l = 0; l < members; l += 2)
+        for (int64_t k = 0; k < s.stride; k += LANES) {
+            vf other = l + 1 < members ? load(&s.weight[(l + 1) * s.stride + k]) : vf{};
+            save(&s.pairs_l[l / 2 * s.stride + k], coupled(load(&s.weight[l * s.stride + k]), other));
+        }
+}
+
+template <int NV, int N, int W>
+void paired_logits_block(const Scratch& s, const float* pairs, int64_t couples, const float* bias, float* z, int at) {
+    vf sum[N][W];
+    for (int l = 0; l < N; l++)
+        for (int v = 0; v < W; v++) sum[l][v] = splat(bias ? bias[l] : 0.0f);
+    for (int64_t k = 0; k < couples; k++)
+        for (int v = 0; v < W; v++) {
+            vf row = load(s.rows.data() + k * PANEL + at + v * LANES);
+            for (int l = 0; l < N; l++) sum[l][v] = add_products(sum[l][v], pairs[l * s.stride / 2 + k], row);
+        }
+    for (int l = 0; l < N; l++)
+        for (int v = 0; v < W; v++) save(z + l * PANEL + at + v * LANES, sum[l][v]);
+}
+
+template <int NV>
+void paired_logits(const Job& job, Scratch& s, const float* x, int64_t members, const float* bias) {
+    const int64_t couples = (job.fan_in + 1) / 2;
+    for (int64_t k = 0; k < couples; k++) {
+        const float *one = x + int64_t(s.index[2 * k]) * (NV * LANES), *two = x + int64_t(s.index[2 * k + 1]) * (NV * LANES);
+        for (int v = 0; v < NV; v++)
+            save(&s.rows[k * PANEL + v * LANES], coupled(load(one + v * LANES), load(two + v * LANES)));
+    }
+    auto block = [&](auto labels, int64_t l) {
+        in_blocks<NV, 4>([&](auto w, int at) {
+            paired_logits_block<NV, labels, w>(
+                s, &s.pairs_k[l * s.stride / 2], couples, bias ? bias + l : nullptr, &s.z[l * PANEL], at);
+        });
+    };
+    int64_t l = 0;
+    for (; l + 4 <= members; l += 4) block(std::integral_constant<int, 4>(), l);
+    for (; l < members; l++) block(std::integral_constant<int, 1>(), l);
+}
+
+template <int NV>
+void pair_gradients(Scratch& s, int64_t members) {
+    for (int64_t l = 0; l < members; l++) {
+        const float* own = &s.z[l * PANEL];
+        for (int v = 0; v < NV; v += 2)
+            save(&s.g_columns[(l * PANEL + v * LANES) / 2],
+                 rounded(load(own + v * LANES), v + 1 < NV ? load(own + (v + 1) * LANES) : vf{}));
+        for (int v = 0; l % 2 == 0 && v < NV; v++)
+            save(&s.g_labels[l / 2 * PANEL + v * LANES],
+                 coupled(load(own + v * LANES), l + 1 < members ? load(own + PANEL + v * LANES) : vf{}));
+    }
+}
+
+template <int N, int KV>
+void paired_weight_block(Scratch& s, int64_t l, int64_t k, int64_t couples) {
+    float* dw = &s.dweight[l * s.stride + k];
+    vf sum[N][KV];
+    for (int i = 0; i < N; i++)
+        for (int v = 0; v < KV; v++) sum[i][v] = load(dw + i * s.stride + v * LANES);
+    for (int64_t b = 0; b < couples; b++)
+        for (int v = 0; v < KV; v++) {
+            vf x = load(&s.turned[b * s.stride + k + v * LANES]);
+            for (int i = 0; i < N; i++) sum[i][v] = add_products(sum[i][v], s.g_columns[(l + i) * PANEL / 2 + b], x);
+        }
+    for (int i = 0; i < N; i++)
+        for (int v = 0; v < KV; v++) save(dw + i * s.stride + v * LANES, sum[i][v]);
+}
+
+template <int NV>
+void paired_weight(Scratch& s, const float* x, int64_t members) {
+    for (int64_t k = 0; k < s.stride; k += LANES)
+        for (int v = 0; v < NV; v += 2) {
+            vf square[LANES];
+            for (int i = 0; i < LANES; i++) {
+                const float* row = x + (int64_t(s.index[k + i]) * NV + v) * LANES;
+                square[i] = rounded(load(row), v + 1 < NV ? load(row + LANES) : vf{});
+            }
+            transpose(square);
+            for (int i = 0; i < (v + 1 < NV ? LANES : LANES / 2); i++)
+                save(&s.turned[(v * LANES / 2 + i) * s.stride + k], square[i]);
+        }
+    auto rows = [&](auto labels, int64_t l) {
+        int64_t k = 0;
+        for (; k + 2 * LANES <= s.stride; k += 2 * LANES) paired_weight_block<labels, 2>(s, l, k, NV * LANES / 2);
+        for (; k < s.stride; k += LANES) paired_weight_block<labels, 1>(s, l, k, NV * LANES / 2);
+    };
+    int64_t l = 0;
+    for (; l + 8 <= members; l += 8) rows(std::integral_constant<int, 8>(), l);
+    for (; l < members; l++) rows(std::integral_constant<int, 1>(), l);
+}
+
+template <int NV, int N, int W>
+void paired_input_block(Scratch& s, float* dx, int64_t k, int64_t couples, int at) {
+    vf sum[N][W] = {};
+    for (int64_t l = 0; l < couples; l++)
+        for (int v = 0; v < W; v++) {
+            vf own = load(&s.g_labels[l * PANEL + at + v * LANES]);
+            for (int j = 0; j < N; j++) sum[j][v] = add_products(sum[j][v], s.pairs_l[l * s.stride + k + j], own);
+        }
+    for (int j = 0; j < N; j++)
+        for (int v = 0; v < W; v++) {
+            float* to = dx + int64_t(s.index[k + j]) * (NV * LANES) + at + v * LANES;
+            save(to, load(to) + sum[j][v]);
+        }
+}
+
+template <int NV>
+void paired_input(const Job& job, Scratch& s, float* dx, int64_t members) {
+    auto block = [&](auto features, int64_t k) {
+        in_blocks<NV, 4>([&](auto w, int at) { paired_input_block<NV, features, w>(s, dx, k, (members + 1) / 2, at); });
+    };
+    int64_t k = 0;
+    for (; job.learnt == job.features && k + 4 <= job.fan_in; k += 4) block(std::integral_constant<int, 4>(), k);
+    for (; k < job.fan_in; k++)
+        if (s.index[k] < job.learnt) block(std::integral_constant<int, 1>(), k);
+}
+#endif
+
 // One unit (a label, or a group) on one panel; the rows of s.z are its labels.
 template <int NV>
 double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t members, float* slice_dx, const Range* positives) {
@@ -629,6 +793,10 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
             std::memcpy(&s.z[l * PANEL], job.z + (label + l) * job.batch + column, width * sizeof(float));
             for (int64_t i = width; i < NV * LANES; i++) s.z[l * PANEL + i] = 0;
         }
+#ifdef BFLOAT16_UNITS
+    } else if (in_bfloat16(job)) {
+        paired_logits<NV>(job, s, x, members, job.bias ? job.bias + label : nullptr);
+#endif
     } else if (grouped) {
         group_logits<NV>(job, s, x, members, job.bias ? job.bias + label : nullptr);
     } else {
@@ -668,6 +836,14 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
             else save(&s.dbias[l], load(&s.dbias[l]) + totals(sums));
         }
     const bool dw = job.mode == STEP || job.dweight;
+#ifdef BFLOAT16_UNITS
+    if (in_bfloat16(job)) {
+        pair_gradients<NV>(s, members);
+        paired_weight<NV>(s, x, members);
+        if (dx) paired_input<NV>(job, s, dx, members);
+        return loss;
+    }
+#endif
     if (grouped) {
         if (dw) group_weight<NV>(s, x, members);
         if (dx) group_input<NV>(job, s, dx, members);
@@ -712,6 +888,9 @@ void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const 
         }
         for (int64_t l = 0; l < members; l += rows)
             decode(job.weight, job.weight_type, (label + l) * n, rows * n, &s.weight[l * s.stride]);
+#ifdef BFLOAT16_UNITS
+        if (in_bfloat16(job)) pair_weights(s, members);
+#endif
         if (with_positives)
             for (int64_t l = 0; l < members; l++) {
                 positives[l].begin = next;
@@ -755,6 +934,14 @@ int64_t end_of_slice(const Job& job, int64_t slice) {
 }
 
 }  // namespace
+
+extern "C" int64_t fanin_bfloat16_units() {
+#ifdef BFLOAT16_UNITS
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 extern "C" void fanin_run(const Job* given) {
     const Job& job = *given;
