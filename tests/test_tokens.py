@@ -42,6 +42,14 @@ def test_round_trip_matches_the_tokenizer_row_by_row(tmp_path: Path) -> None:
     assert {row.dtype for row in tokens.ids(rows)} == {np.dtype(np.uint16)}
 
 
+@pytest.mark.parametrize(("max_length", "warned"), [(6, True), (512, False)])
+def test_many_documents_cut_are_told(max_length: int, warned: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    summary = tokenize_corpus(corpus, tmp_path / "tokens", tiny_tokenizer(), max_length=max_length, encoder="tiny")
+    said = f"tokens.max_length: {summary['truncated']:.0%} of the documents are longer than {max_length} tokens"
+    assert (said in capfd.readouterr().err) == warned == (summary["truncated"] > 0.2)
+
+
 @pytest.mark.parametrize("chunk", [1, 100, 65536])
 def test_label_pairs_come_in_document_order(tmp_path: Path, chunk: int) -> None:
     tokens = tiny_token_set(tmp_path / "t.arrow", documents=200, rows_a_batch=64)

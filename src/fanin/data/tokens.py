@@ -8,6 +8,7 @@ document (`TokenSet.lengths`).
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from fanin.files import InputError, atomic_path, read_json, write_json
 _AGAIN = "rerun the tokens stage (dvc repro -f tokens)"
 _CORPUS_AGAIN = "rerun the corpus stage (dvc repro -f corpus)"
 ROWS_A_BATCH = 8192  # rows of one record batch; the last of a file may hold fewer
+MANY_CUT = 0.2  # of the documents: more of them cut are worth a warning
 
 
 class TokenSet:
@@ -188,6 +190,12 @@ def tokenize_corpus(corpus: str | Path, out: str | Path, tokenizer: Any, *, max_
             "encoder": encoder,
         }
         write_json(folder / "tokens.json", summary)
+    if summary["truncated"] > MANY_CUT:
+        print(
+            f"warning: tokens.max_length: {summary['truncated']:.0%} of the documents are longer than {max_length} tokens, and "
+            "what is beyond is not read; raise it if time allows",
+            file=sys.stderr,
+        )
     return summary
 
 
