@@ -74,7 +74,10 @@ def prepare(names: Sequence[str], into: Path) -> None:
     weights = [sha256(path) for path in sorted(Path(resolve(encoder)).glob("*.safetensors"))]
     made_of = before | {"encoder.tar.xz": digest([encoder, weights])}
     code = stage_code("corpus", "tokens")
-    made_of |= {f"{corpus.name}.tar.xz": digest([corpora.documents(corpus), code]) for corpus in chosen}
+    made_of |= {
+        f"{corpus.name}.tar.xz": digest([corpora.documents(corpus), code, corpus.config().tokens.max_length, encoder])
+        for corpus in chosen
+    }
     for name, parts in made_of.items():
         if before.get(name) == parts and (into / name).exists():
             continue
@@ -197,12 +200,11 @@ class Run:
         return list(found.values())
 
     def _unpacked(self, name: str) -> Path:
-        place, archive = self.work / "data" / name, self.data / f"{name}.tar.xz"
+        archive = self.data / f"{name}.tar.xz"
+        if not archive.exists():
+            raise InputError(f"{archive} is missing; run `python -m study.standalone prepare CORPUS ... --into {self.data}`")
+        place = self.work / "data" / f"{name}-{sha256(archive)[:12]}"  # what other data left in a kept folder is not taken
         if not place.exists():
-            if not archive.exists():
-                raise InputError(
-                    f"{archive} is missing; run `python -m study.standalone prepare CORPUS ... --into {self.data}`"
-                )
             with atomic_path(place, directory=True) as temporary, tarfile.open(archive) as file:
                 file.extractall(temporary, filter="data")
         return place

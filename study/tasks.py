@@ -64,13 +64,16 @@ class Task:
 
 
 def shared_tasks(name: str, config: Config, corpus: Path, work: Path) -> dict[str, Task]:
-    """The tasks by kind that a training of `config` on the corpus called `name` needs first."""
+    """The tasks by kind that a training of `config` on the corpus called `name` needs first.
+
+    corpus: its folder, whose name stands for its content in the tasks' keys.
+    """
     read_clusters = (config.head.kind == "fixed_fan_in" and config.head.group > 1) or config.auxiliary.enabled
     found: dict[str, Task] = {}
 
     def add(kind: str, needs: tuple[str, ...], *settings: Any) -> None:
         own = {need: found[need].key for need in needs if need in found}
-        key = digest([kind, name, config.seed, sorted(own.items()), config.train.device, *settings])
+        key = digest([kind, corpus.name, config.seed, sorted(own.items()), config.train.device, *settings])
         found[kind] = Task(kind, f"{name} {kind}, seed {config.seed}", key, config, corpus, work, own)
 
     if config.start.source == "data" or config.rewiring.recode_at or read_clusters:

@@ -75,6 +75,12 @@ def test_runs_leave_the_records_of_the_study(project: Path, capsys: pytest.Captu
     assert set(first) == {"tiny.tar.xz", "encoder.tar.xz", "origin.json"}
     assert main(["prepare", "tiny", "--into", "taken"]) == 0
     assert all((project / "taken" / name).stat().st_mtime_ns == first[name] for name in first if name.endswith("xz"))
+    preset = project / "presets/tiny.yaml"
+    preset.write_text(preset.read_text().replace("max_length: 32", "max_length: 16"))
+    assert main(["prepare", "tiny", "--into", "taken"]) == 0
+    again = {name: (project / "taken" / name).stat().st_mtime_ns for name in first}
+    assert again["tiny.tar.xz"] != first["tiny.tar.xz"]  # other tokens
+    assert again["encoder.tar.xz"] == first["encoder.tar.xz"]
     shutil.rmtree("data")
     shutil.rmtree("encoder")  # all that a run needs was taken along
     jobs = "tiny:sparse_profiles,sparse_longer,dense_start_int4,sparse_rigl_auxiliary:1 tiny:static_random:2"
