@@ -262,7 +262,8 @@ class Run:
 
     def _note(self) -> str:
         shared = f"{self.workers} runs at a time shared the device: times are no measure of speed. " if self.workers > 1 else ""
-        return f"{shared}The pre-trained encoder's weights were rounded to float16 beforehand."
+        resident = "" if torch.cuda.is_available() else "Peak memory is a worker's since its first run. "
+        return f"{shared}{resident}The pre-trained encoder's weights were rounded to float16 beforehand."
 
     def fail(self, task: Task, trouble: str) -> None:
         self.failed.append(task.name)
