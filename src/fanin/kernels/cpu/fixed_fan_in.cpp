@@ -441,6 +441,18 @@ void single_gradients(
 
 // One panel of one group: small dense products on the K rows that its labels share ----------------------------------------
 
+// How a block adds products to its sums: one float each, or two bfloat16 in a float's place, at twice the rate.
+struct Floats {
+    static vf add(vf sum, float one, vf other) { return sum + one * other; }
+};
+#ifdef BFLOAT16_UNITS
+struct Pairs {
+    static vf add(vf sum, float one, vf other) {
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(one), (__m512bh)other);
+    }
+};
+#endif
+
 // z[l] = bias[l] + sum_k weight[l][k] x[index[k]], for W vectors from column `at` on
 template <int NV, int N, int W>
 void block_logits(
@@ -457,23 +469,23 @@ void block_logits(
         for (int v = 0; v < W; v++) save(z + l * PANEL + at + v * LANES, sum[l][v]);
 }
 
-// dw[l][k .. k + LANES KV) += sum_b g[l][b] turned[b][k ..]
-template <int N, int KV>
-void block_weight(const float* turned, const float* g, int64_t columns, int64_t stride, float* dw) {
+// dw[l][k .. k + LANES KV) += sum_b g[l][b] turned[b][k ..], a row of g every `apart` floats
+template <typename Products, int N, int KV>
+void block_weight(const float* turned, const float* g, int64_t apart, int64_t columns, int64_t stride, float* dw) {
     vf sum[N][KV];
     for (int l = 0; l < N; l++)
         for (int v = 0; v < KV; v++) sum[l][v] = load(dw + l * stride + v * LANES);
     for (int64_t b = 0; b < columns; b++)
         for (int v = 0; v < KV; v++) {
             vf x = load(turned + b * stride + v * LANES);
-            for (int l = 0; l < N; l++) sum[l][v] += g[l * PANEL + b] * x;
+            for (int l = 0; l < N; l++) sum[l][v] = Products::add(sum[l][v], g[l * apart + b], x);
         }
     for (int l = 0; l < N; l++)
         for (int v = 0; v < KV; v++) save(dw + l * stride + v * LANES, sum[l][v]);
 }
 
 // dx[index[j]] += sum_l weight[l][j] g[l] for N rows j and W vectors from column `at` on
-template <int NV, int N, int W>
+template <typename Products, int NV, int N, int W>
 void block_input(float* dx, const int32_t* index, const float* weight, int64_t stride, int64_t labels, const float* g, int at) {
     vf sum[N][W];
     for (int j = 0; j < N; j++)
@@ -481,7 +493,7 @@ void block_input(float* dx, const int32_t* index, const float* weight, int64_t s
     for (int64_t l = 0; l < labels; l++)
         for (int v = 0; v < W; v++) {
             vf own = load(g + l * PANEL + at + v * LANES);
-            for (int j = 0; j < N; j++) sum[j][v] += weight[l * stride + j] * own;
+            for (int j = 0; j < N; j++) sum[j][v] = Products::add(sum[j][v], weight[l * stride + j], own);
         }
     for (int j = 0; j < N; j++)
         for (int v = 0; v < W; v++) {
@@ -553,15 +565,23 @@ void group_logits(const Job& job, Scratch& s, const float* x, int64_t members, c
 }
 
 // As many sums at once as registers hold: fewer would wait for their own last addition.
-template <int N>
-void group_weight_rows(Scratch& s, int64_t l, int64_t columns) {
+template <typename Products, int N>
+void weight_rows(Scratch& s, const float* g, int64_t apart, int64_t l, int64_t columns) {
     int64_t k = 0;
     for (; 4 * N <= SUMS && k + 4 * LANES <= s.stride; k += 4 * LANES)
-        block_weight<N, 4>(&s.turned[k], &s.z[l * PANEL], columns, s.stride, &s.dweight[l * s.stride + k]);
+        block_weight<Products, N, 4>(&s.turned[k], g + l * apart, apart, columns, s.stride, &s.dweight[l * s.stride + k]);
     for (; k + 2 * LANES <= s.stride; k += 2 * LANES)
-        block_weight<N, 2>(&s.turned[k], &s.z[l * PANEL], columns, s.stride, &s.dweight[l * s.stride + k]);
+        block_weight<Products, N, 2>(&s.turned[k], g + l * apart, apart, columns, s.stride, &s.dweight[l * s.stride + k]);
     for (; k < s.stride; k += LANES)
-        block_weight<N, 1>(&s.turned[k], &s.z[l * PANEL], columns, s.stride, &s.dweight[l * s.stride + k]);
+        block_weight<Products, N, 1>(&s.turned[k], g + l * apart, apart, columns, s.stride, &s.dweight[l * s.stride + k]);
+}
+
+template <typename Products>
+void all_weight_rows(Scratch& s, const float* g, int64_t apart, int64_t members, int64_t columns) {
+    int64_t l = 0;
+    for (; SUMS >= 16 && l + 8 <= members; l += 8) weight_rows<Products, 8>(s, g, apart, l, columns);
+    for (; l + 4 <= members; l += 4) weight_rows<Products, 4>(s, g, apart, l, columns);
+    for (; l < members; l++) weight_rows<Products, 1>(s, g, apart, l, columns);
 }
 
 template <int NV>
@@ -573,27 +593,21 @@ void group_weight(Scratch& s, const float* x, int64_t members) {
             transpose(square);
             for (int i = 0; i < LANES; i++) save(&s.turned[(v * LANES + i) * s.stride + k], square[i]);
         }
-    int64_t l = 0;
-    for (; SUMS >= 16 && l + 8 <= members; l += 8) group_weight_rows<8>(s, l, NV * LANES);
-    for (; l + 4 <= members; l += 4) group_weight_rows<4>(s, l, NV * LANES);
-    for (; l < members; l++) group_weight_rows<1>(s, l, NV * LANES);
+    all_weight_rows<Floats>(s, s.z.data(), PANEL, members, NV * LANES);
 }
 
-template <int NV>
-void group_input(const Job& job, Scratch& s, float* dx, int64_t members) {
-    auto block = [&](auto rows, int64_t k) {
+// weight, g: a row each of `rows` labels, or pairs of labels
+template <typename Products, int NV>
+void group_input(const Job& job, Scratch& s, float* dx, const float* weight, const float* g, int64_t rows) {
+    auto block = [&](auto features, int64_t k) {
         in_blocks<NV, SUMS / 4>([&](auto w, int at) {
-            block_input<NV, rows, w>(dx, &s.index[k], &s.weight[k], s.stride, members, s.z.data(), at);
+            block_input<Products, NV, features, w>(dx, &s.index[k], weight + k, s.stride, rows, g, at);
         });
     };
-    if (job.learnt < job.features) {
-        for (int64_t k = 0; k < job.fan_in; k++)
-            if (s.index[k] < job.learnt) block(std::integral_constant<int, 1>(), k);
-        return;
-    }
     int64_t k = 0;
-    for (; k + 4 <= job.fan_in; k += 4) block(std::integral_constant<int, 4>(), k);
-    for (; k < job.fan_in; k++) block(std::integral_constant<int, 1>(), k);
+    for (; job.learnt == job.features && k + 4 <= job.fan_in; k += 4) block(std::integral_constant<int, 4>(), k);
+    for (; k < job.fan_in; k++)
+        if (s.index[k] < job.learnt) block(std::integral_constant<int, 1>(), k);
 }
 
 // The gradient of label l as if it read every feature: dense[l][d] += sum_b g[l][b] x[d][b]
@@ -634,9 +648,8 @@ void choose_candidates(const Job& job, Scratch& s, int64_t members, int32_t* to)
 }
 
 #ifdef BFLOAT16_UNITS
-// The same three products on pairs of bfloat16, each pair multiplied and added into a float32 sum at once: twice the rate. x and
-// g are rounded to bfloat16 here; the weights are such numbers already. A pair is two features (logits), two documents (dW) or
-// two labels (dx), and lies in a float's place.
+// What the blocks above take when they multiply pairs of bfloat16. x and g are rounded here; the weights are such numbers already.
+// A pair is two features (logits), two documents (dW) or two labels (dx), and lies in a float's place.
 
 // a's sixteen values, then b's
 inline vf rounded(vf a, vf b) { return (vf)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
@@ -646,10 +659,6 @@ inline vf coupled(vf a, vf b) {
     alignas(64) static const int16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return (vf)_mm512_permutexvar_epi16(_mm512_load_si512(ORDER), (__m512i)rounded(a, b));
-}
-
-inline vf add_products(vf sum, float pair, vf pairs) {
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(pair), (__m512bh)pairs);
 }
 
 void pair_weights(Scratch& s, int64_t members) {
@@ -673,7 +682,7 @@ void paired_logits_block(const Scratch& s, const float* pairs, int64_t couples, 
     for (int64_t k = 0; k < couples; k++)
         for (int v = 0; v < W; v++) {
             vf row = load(s.rows.data() + k * PANEL + at + v * LANES);
-            for (int l = 0; l < N; l++) sum[l][v] = add_products(sum[l][v], pairs[l * s.stride / 2 + k], row);
+            for (int l = 0; l < N; l++) sum[l][v] = Pairs::add(sum[l][v], pairs[l * s.stride / 2 + k], row);
         }
     for (int l = 0; l < N; l++)
         for (int v = 0; v < W; v++) save(z + l * PANEL + at + v * LANES, sum[l][v]);
@@ -711,21 +720,6 @@ void pair_gradients(Scratch& s, int64_t members) {
     }
 }
 
-template <int N, int KV>
-void paired_weight_block(Scratch& s, int64_t l, int64_t k, int64_t couples) {
-    float* dw = &s.dweight[l * s.stride + k];
-    vf sum[N][KV];
-    for (int i = 0; i < N; i++)
-        for (int v = 0; v < KV; v++) sum[i][v] = load(dw + i * s.stride + v * LANES);
-    for (int64_t b = 0; b < couples; b++)
-        for (int v = 0; v < KV; v++) {
-            vf x = load(&s.turned[b * s.stride + k + v * LANES]);
-            for (int i = 0; i < N; i++) sum[i][v] = add_products(sum[i][v], s.g_columns[(l + i) * PANEL / 2 + b], x);
-        }
-    for (int i = 0; i < N; i++)
-        for (int v = 0; v < KV; v++) save(dw + i * s.stride + v * LANES, sum[i][v]);
-}
-
 template <int NV>
 void paired_weight(Scratch& s, const float* x, int64_t members) {
     for (int64_t k = 0; k < s.stride; k += LANES)
@@ -739,40 +733,7 @@ void paired_weight(Scratch& s, const float* x, int64_t members) {
             for (int i = 0; i < (v + 1 < NV ? LANES : LANES / 2); i++)
                 save(&s.turned[(v * LANES / 2 + i) * s.stride + k], square[i]);
         }
-    auto rows = [&](auto labels, int64_t l) {
-        int64_t k = 0;
-        for (; k + 2 * LANES <= s.stride; k += 2 * LANES) paired_weight_block<labels, 2>(s, l, k, NV * LANES / 2);
-        for (; k < s.stride; k += LANES) paired_weight_block<labels, 1>(s, l, k, NV * LANES / 2);
-    };
-    int64_t l = 0;
-    for (; l + 8 <= members; l += 8) rows(std::integral_constant<int, 8>(), l);
-    for (; l < members; l++) rows(std::integral_constant<int, 1>(), l);
-}
-
-template <int NV, int N, int W>
-void paired_input_block(Scratch& s, float* dx, int64_t k, int64_t couples, int at) {
-    vf sum[N][W] = {};
-    for (int64_t l = 0; l < couples; l++)
-        for (int v = 0; v < W; v++) {
-            vf own = load(&s.g_labels[l * PANEL + at + v * LANES]);
-            for (int j = 0; j < N; j++) sum[j][v] = add_products(sum[j][v], s.pairs_l[l * s.stride + k + j], own);
-        }
-    for (int j = 0; j < N; j++)
-        for (int v = 0; v < W; v++) {
-            float* to = dx + int64_t(s.index[k + j]) * (NV * LANES) + at + v * LANES;
-            save(to, load(to) + sum[j][v]);
-        }
-}
-
-template <int NV>
-void paired_input(const Job& job, Scratch& s, float* dx, int64_t members) {
-    auto block = [&](auto features, int64_t k) {
-        in_blocks<NV, 4>([&](auto w, int at) { paired_input_block<NV, features, w>(s, dx, k, (members + 1) / 2, at); });
-    };
-    int64_t k = 0;
-    for (; job.learnt == job.features && k + 4 <= job.fan_in; k += 4) block(std::integral_constant<int, 4>(), k);
-    for (; k < job.fan_in; k++)
-        if (s.index[k] < job.learnt) block(std::integral_constant<int, 1>(), k);
+    all_weight_rows<Pairs>(s, s.g_columns.data(), PANEL / 2, members, NV * LANES / 2);
 }
 #endif
 
@@ -840,13 +801,13 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
     if (in_bfloat16(job)) {
         pair_gradients<NV>(s, members);
         paired_weight<NV>(s, x, members);
-        if (dx) paired_input<NV>(job, s, dx, members);
+        if (dx) group_input<Pairs, NV>(job, s, dx, s.pairs_l.data(), s.g_labels.data(), (members + 1) / 2);
         return loss;
     }
 #endif
     if (grouped) {
         if (dw) group_weight<NV>(s, x, members);
-        if (dx) group_input<NV>(job, s, dx, members);
+        if (dx) group_input<Floats, NV>(job, s, dx, s.weight.data(), s.z.data(), members);
     } else if (dw && dx) {
         single_gradients<NV, true, true>(x, dx, job.learnt, index, weight, n, s.z.data(), dweight);
     } else if (dw) {
