@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import shutil
 import sys
@@ -278,8 +279,8 @@ def _amount(task: Task) -> float:
     if task.kind != "train":
         return 1.0
     train = task.config.train
-    documents = read_json(task.corpus / "tokens" / "tokens.json")["documents"]["train"] * train.epochs
-    return float(documents if train.max_steps is None else min(documents, train.max_steps * train.batch))
+    documents = read_json(task.corpus / "tokens" / "tokens.json")["documents"]["train"]
+    return float(train.total_steps(math.ceil(documents / train.batch)) * train.accumulation * train.batch)
 
 
 def summary(records: Mapping[str, Mapping[str, Any]]) -> str:

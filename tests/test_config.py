@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fanin.config import Config, check, load_config
+from fanin.config import Config, Train, check, load_config
 from fanin.files import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +36,24 @@ def test_params_win_over_the_preset_and_null_means_the_preset(tmp_path):
     config = load_config(path)
     assert (config.head.fan_in, config.head.group, config.train.batch) == (16, 8, 32)
     assert config.train.warmup == Config().train.warmup
+
+
+@pytest.mark.parametrize(
+    ("settings", "batches", "steps"),
+    [
+        ({"epochs": 0.5}, 100, 50),
+        ({"epochs": 0.5, "accumulation": 3}, 100, 17),  # 16.7
+        ({"epochs": 1e-6}, 100, 1),
+        ({"epochs": 4.0, "max_steps": 30}, 100, 30),
+        ({}, 100, 820),  # a small corpus: 8.2 epochs
+        ({}, 1124, 821),  # WordNet near: 0.73
+        ({}, 100_000, 73_000),
+        ({"accumulation": 2}, 100_000, 36_500),
+        ({"max_steps": 30}, 100, 30),
+    ],
+)
+def test_training_is_as_long_as_the_settings_say(settings, batches, steps):
+    assert Train(**settings).total_steps(batches) == steps
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ below. So every setting can be changed from the command line (`dvc exp run -S he
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fanin.files import InputError
+
+EPOCHS, STEPS = 0.73, 820  # of training where `train.epochs` is null: the larger, or a small corpus would be shown too little
 
 
 @dataclass
@@ -98,7 +101,7 @@ class Auxiliary:
 
 @dataclass
 class Train:
-    epochs: float = 1.0
+    epochs: float | None = None  # null: 0.73, or as many as 820 optimiser steps take where that is more
     max_steps: int | None = None  # optimiser steps; null: what `epochs` gives
     batch: int = 64  # documents a micro-batch
     accumulation: int = 1  # micro-batches an encoder update
@@ -117,6 +120,12 @@ class Train:
     validate_every: int = 200  # optimiser steps; 0: never
     validation_documents: int = 1000  # held out of training
     checkpoint_every: int = 100  # optimiser steps; 0: only when stopped
+
+    def total_steps(self, batches: int) -> int:
+        """The optimiser steps of a training whose epoch has so many micro-batches."""
+        an_epoch = batches / self.accumulation
+        steps = max(EPOCHS * an_epoch, STEPS) if self.epochs is None else self.epochs * an_epoch
+        return min(max(math.ceil(steps - 1e-9), 1), self.max_steps or sys.maxsize)
 
 
 @dataclass
@@ -352,7 +361,7 @@ def _conflicts(config: Config) -> list[str]:
         wrong.append("start.source: a start from data needs head.activation linear; set that, or start.source to random")
     if rewiring.recode_at and head.intermediate and head.activation != "linear":
         wrong.append("rewiring.recode_at: recoding needs head.activation linear; set that, or rewiring.recode_at to 0")
-    if auxiliary.enabled and auxiliary.cutoff > train.epochs:
+    if auxiliary.enabled and train.epochs is not None and auxiliary.cutoff > train.epochs:
         wrong.append(
             f"auxiliary.cutoff: {auxiliary.cutoff} epochs is after the end of training (train.epochs {train.epochs}); lower it"
         )

@@ -88,9 +88,7 @@ class Trainer:
         order = classifier.label_order
         self.batches = Batches(tokens, train_rows, settings.batch, config.seed, pad_id, classifier.label_rows, self.ranks)
         steps_per_epoch = len(self.batches) / settings.accumulation
-        self.total = max(math.ceil(settings.epochs * steps_per_epoch - 1e-9), 1)
-        if settings.max_steps is not None:
-            self.total = min(self.total, settings.max_steps)
+        self.total = settings.total_steps(len(self.batches))
         self.schedule = Schedule(
             method=config.rewiring.method,
             prune=config.rewiring.prune,
