@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -119,7 +120,16 @@ class _Worker:
             return task, (None, f"its process ended with exit code {self.process.exitcode}"), 0.0
 
 
+def _end_with_parent() -> None:
+    """A study that is killed would leave its workers at their tasks, for hours."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _serve(connection: Connection, threads: int, log: Path) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

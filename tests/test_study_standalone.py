@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -234,6 +237,46 @@ def test_nothing_runs_past_the_budget(pool: Pool) -> None:
     )
     assert done == ["short"]  # long would not have ended in time, and hangs did not
     assert [task.name for task in left] == ["hangs", "long"]
+
+
+def test_a_killed_study_takes_its_workers_along(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+def never_done(task):  # a spawned worker runs this file again, up to the guard
+    Path("begun").touch()
+    time.sleep(600)
+
+cpu = SimpleNamespace(set_num_threads=int, cuda=SimpleNamespace(is_available=bool))
+sys.modules |= {"study.tasks": SimpleNamespace(Task=object, perform=never_done), "torch": cpu}  # seconds to import
+from study import pool
+
+if __name__ == "__main__":
+    ours = pool.Pool(1, 1, Path("logs"))
+    print(ours._workers[0].process.pid, flush=True)
+    task = SimpleNamespace(key="key", name="name", needs={})
+    ours.run([task], time.monotonic() + 600, lambda task: 0.0, print, print)
+"""
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
+    with subprocess.Popen([sys.executable, script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as study:
+        assert study.stdout is not None
+        worker = int(study.stdout.readline())
+        _until((tmp_path / "begun").exists)
+        study.kill()
+    _until(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE)
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_nothing_is_imported_that_a_bare_machine_lacks() -> None:
