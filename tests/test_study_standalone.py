@@ -296,7 +296,7 @@ import study.standalone
 def test_the_expected_time_grows_with_the_documents_shown(project: Path) -> None:
     place = project / "corpora"
     (place / "tokens").mkdir(parents=True)
-    (place / "tokens/tokens.json").write_text(json.dumps({"documents": {"train": 1000}}))
+    (place / "tokens/tokens.json").write_text(json.dumps({"documents": {"train": 128_000}}))
     run = standalone.Run.__new__(standalone.Run)
     short = dataclasses.replace(task("short"), config=config("sparse"), corpus=place)
     longer = dataclasses.replace(task("longer"), config=config("sparse_4"), corpus=place)
