@@ -31,8 +31,9 @@ def test_the_fit_finds_the_shift_that_there_is():
     data = candidates(20_000, true)
     found = fit(*data)
     middle = true.slope + true.slope_log_frequency * np.log(data[2]).mean()  # a fit is known up to a factor of all logits
-    expected = [1 + (true.words - 1) / middle, *(value / middle for value in true[1:])]
-    np.testing.assert_allclose(found, expected, atol=0.06)
+    expected = [1 + (true.words - 1) / middle, *(value / middle for value in true[1:5])]
+    np.testing.assert_allclose(found[:5], expected, atol=0.06)
+    assert found.rarest == 0.5  # as there are enough of the rarest
 
 
 def test_calibrated_logits_are_left_alone():
@@ -53,6 +54,22 @@ def test_labels_that_were_never_candidates_do_not_count():
     wide = [np.concatenate([part, part[:, :3]], 1) for part in (scores, words, frequency, hits)]
     wide[0][:, 20:] = -np.inf  # fewer labels than places
     assert fit(*wide) == fit(scores, words, frequency, hits)
+
+
+def test_labels_rarer_than_the_candidates_are_not_lifted_above_them():
+    """Where only frequent labels are ranked, a term in 1/n fitted on them says nothing of labels of one document."""
+    scores, words, _, _ = candidates(1000, Shift())
+    rng = np.random.default_rng(5)
+    frequency = rng.integers(100, 700, scores.shape)
+    frequency[:2] = 1  # a tenth of a per cent of them
+    hits = rng.random(scores.shape) < 1 / (1 + np.exp(-(scores + 900 / frequency - 4)))
+    found = fit(scores, words, frequency, hits)
+    assert 100 <= found.rarest < 120
+    highest = found.gains(frequency[2:]).max()
+    assert found._replace(rarest=0.5).gains(np.array([1])) > highest + 20  # what the formula would make of one document
+    assert found.gains(np.array([1])) < highest + 0.5
+    np.testing.assert_array_equal(found.gains(np.array([0, 1, 50])), found.gains(np.full(3, found.rarest)))
+    np.testing.assert_array_equal(found.slopes(np.array([0, 1, 50])), found.slopes(np.full(3, found.rarest)))
 
 
 def test_few_documents_move_little():

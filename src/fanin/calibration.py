@@ -5,8 +5,9 @@ rows some outbid the right label. What they promise and what they keep is seen o
 never sees: of the labels ranked first, the chance to be right is fitted by logistic regression on the logit, on the words'
 part of it, on the logarithm and the inverse of the label's number of training documents, and on the logit times that
 logarithm (Platt's scaling, 1999, with the frequency as a covariate). Divided by the mean slope of the logits the fit is a
-factor and a shift for each label, by its frequency alone. They are folded into the head: nothing is added at inference. A
-Gaussian prior holds the fit to "no change" where documents are few.
+factor and a shift for each label, by its frequency alone. Labels rarer than nearly all candidates get those of the rarest
+candidates: the fit knows nothing of them, and its term in 1/n could lift them above all others. Factors and shifts are folded
+into the head: nothing is added at inference. A Gaussian prior holds the fit to "no change" where documents are few.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fanin.retrieval import rank
 
 CANDIDATES = 20  # labels a document
 PRIOR = 10.0  # precision of the prior on coefficients of covariates of unit variance: 1 for the logit's, 0 for the others
+SELDOM = 0.01  # of the candidates are rarer than what the fit is trusted for
 _BATCH = 256
 _ROWS = 2**16  # of the head, changed together
 _ROUNDS = 50  # of Newton's method; it takes about 8
@@ -40,14 +42,15 @@ class Shift(NamedTuple):
     rare: float = 0.0
     slope: float = 1.0
     slope_log_frequency: float = 0.0
+    rarest: float = 0.5  # documents: rarer labels count as this, since hardly any of them was among the candidates
 
     def slopes(self, frequency: np.ndarray) -> np.ndarray:
         """slope + slope_log_frequency log n, and never less than a tenth."""
-        return np.maximum(self.slope + self.slope_log_frequency * np.log(_at_least(frequency)), 0.1)
+        return np.maximum(self.slope + self.slope_log_frequency * np.log(np.maximum(frequency, self.rarest)), 0.1)
 
     def gains(self, frequency: np.ndarray) -> np.ndarray:
         """log_frequency log n + rare / n."""
-        n = _at_least(frequency)
+        n = np.maximum(frequency, self.rarest)
         return self.log_frequency * np.log(n) + self.rare / n
 
     def apply(self, scores: np.ndarray, words: np.ndarray, frequency: np.ndarray) -> np.ndarray:
@@ -107,7 +110,9 @@ def fit(scores: np.ndarray, words: np.ndarray, frequency: np.ndarray, hits: np.n
     if middle < 0.05:  # logits that say nothing on other documents: not for a shift to mend
         return Shift()
     slope, own, log_frequency, rare, slope_log_frequency = (float(value) for value in slopes / middle)
-    return Shift(max(1 + own, 0.0), log_frequency, rare, slope, slope_log_frequency)
+    seldom = float(np.quantile(n, SELDOM))
+    rarest = seldom if seldom > 1 else Shift().rarest
+    return Shift(max(1 + own, 0.0), log_frequency, rare, slope, slope_log_frequency, rarest)
 
 
 def _newton(x: np.ndarray, y: np.ndarray, prior: np.ndarray, trust: np.ndarray) -> np.ndarray:
