@@ -150,8 +150,8 @@ def write(raw: Raw, folder: Path) -> dict[str, int]:
             sides["test" if int(hashlib.md5(item.text.encode()).hexdigest(), 16) % 5 == 0 else "train"].append((item.text, own))
     with atomic_path(folder, directory=True) as out:
         for side, documents in sides.items():
-            texts, own_labels = zip(*documents, strict=True)
-            table = pa.table({"text": pa.array(texts), "labels": pa.array(own_labels, pa.list_(pa.int32()))})
+            texts = pa.array([text for text, _ in documents], pa.string())
+            table = pa.table({"text": texts, "labels": pa.array([own for _, own in documents], pa.list_(pa.int32()))})
             pq.write_table(table, out / f"{side}.parquet")
         names = [raw.label_text(label) for label in labels]
         pq.write_table(pa.table({"id": pa.array(range(len(labels)), pa.int32()), "text": names}), out / "labels.parquet")

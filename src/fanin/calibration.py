@@ -32,6 +32,7 @@ SELDOM = 0.01  # of the candidates are rarer than what the fit is trusted for
 _BATCH = 256
 _ROWS = 2**16  # of the head, changed together
 _ROUNDS = 50  # of Newton's method; it takes about 8
+_UNSEEN = 0.5  # documents that a label counts as which only held-out documents have
 
 
 class Shift(NamedTuple):
@@ -42,15 +43,15 @@ class Shift(NamedTuple):
     rare: float = 0.0
     slope: float = 1.0
     slope_log_frequency: float = 0.0
-    rarest: float = 0.5  # documents: rarer labels count as this, since hardly any of them was among the candidates
+    rarest: float = _UNSEEN  # documents: rarer labels count as this, since hardly any of them was among the candidates
 
     def slopes(self, frequency: np.ndarray) -> np.ndarray:
         """slope + slope_log_frequency log n, and never less than a tenth."""
-        return np.maximum(self.slope + self.slope_log_frequency * np.log(np.maximum(frequency, self.rarest)), 0.1)
+        return np.maximum(self.slope + self.slope_log_frequency * np.log(_at_least(frequency, self.rarest)), 0.1)
 
     def gains(self, frequency: np.ndarray) -> np.ndarray:
         """log_frequency log n + rare / n."""
-        n = np.maximum(frequency, self.rarest)
+        n = _at_least(frequency, self.rarest)
         return self.log_frequency * np.log(n) + self.rare / n
 
     def apply(self, scores: np.ndarray, words: np.ndarray, frequency: np.ndarray) -> np.ndarray:
@@ -63,9 +64,8 @@ class Shift(NamedTuple):
         return np.maximum(slopes + (self.words - 1), 0)
 
 
-def _at_least(frequency: np.ndarray) -> np.ndarray:
-    """A label that only held-out documents have counts as half a document."""
-    return np.maximum(frequency, 0.5).astype(np.float64)
+def _at_least(frequency: np.ndarray, rarest: float) -> np.ndarray:
+    return np.maximum(frequency, rarest).astype(np.float64)
 
 
 def calibrate(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, frequency: np.ndarray) -> dict[str, float]:
@@ -94,7 +94,7 @@ def fit(scores: np.ndarray, words: np.ndarray, frequency: np.ndarray, hits: np.n
     """Candidates' logits, the words' part of them, their labels' training documents and whether they are right, all [N, C]."""
     seen = np.isfinite(scores)
     z, right = scores[seen].astype(np.float64), hits[seen]
-    n = _at_least(frequency[seen])
+    n = _at_least(frequency[seen], _UNSEEN)
     columns = np.stack([z, words[seen], np.log(n), 1 / n, z * np.log(n)]).astype(np.float64)
     mean, spread = columns.mean(1), columns.std(1)
     told = spread > 1e-9  # no words, or all labels alike: nothing to fit
@@ -111,7 +111,7 @@ def fit(scores: np.ndarray, words: np.ndarray, frequency: np.ndarray, hits: np.n
         return Shift()
     slope, own, log_frequency, rare, slope_log_frequency = (float(value) for value in slopes / middle)
     seldom = float(np.quantile(n, SELDOM))
-    rarest = seldom if seldom > 1 else Shift().rarest
+    rarest = seldom if seldom > 1 else _UNSEEN
     return Shift(max(1 + own, 0.0), log_frequency, rare, slope, slope_log_frequency, rarest)
 
 
