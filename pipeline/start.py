@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fanin.config import Config
 from fanin.stage import run_stage
-from fanin.start import build_start
+from fanin.start.build import build_start
 from fanin.tracking import Run
 
 

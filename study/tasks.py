@@ -28,7 +28,7 @@ from fanin.embeddings import embed_corpus
 from fanin.evaluation import evaluate
 from fanin.files import read_json
 from fanin.model import Classifier
-from fanin.start import build_start
+from fanin.start.build import build_start
 from fanin.trainer import Trainer
 from study import compress
 from study.methods import Method

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from fanin import kernels, label_words
+from fanin import kernels
 from fanin.clusters import build_clusters
 from fanin.config import Config, Head, check
 from fanin.data.tokens import TokenSet, vocabulary_size
 from fanin.files import InputError, read_json, write_json
 from fanin.heads import FixedFanIn
-from fanin.label_words import LIFT, LabelWords
 from fanin.lexical import NORM, Lexical, lexical_width
 from fanin.metrics import csr, match, precision
 from fanin.model import Classifier
 from fanin.objectives import Positives
 from fanin.retrieval import rank
 from fanin.rewiring import Schedule
-from fanin.start import build_start
+from fanin.start import words as label_words
+from fanin.start.build import build_start
+from fanin.start.words import LIFT, LabelWords
 from tiny import tiny_token_set, tiny_tokenizer
 from training_folder import DOCUMENTS, LABELS, assert_same_run, prepare, train_in, train_in_two_goes
 

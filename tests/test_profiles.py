@@ -13,13 +13,13 @@ from fanin.clusters import build_clusters
 from fanin.config import Head, check
 from fanin.data.tokens import TokenSet, vocabulary_size
 from fanin.files import InputError, read_json, write_json
-from fanin.label_words import LIFT, LabelWords
 from fanin.lexical import NORM, Lexical, lexical_sizes
 from fanin.memory.plan import head_bytes
 from fanin.model import Classifier
 from fanin.profiles import Profiles, choose_profiled, profile_count
 from fanin.refitting import refit
-from fanin.start import build_start
+from fanin.start.build import build_start
+from fanin.start.words import LIFT, LabelWords
 from tiny import tiny_tokenizer
 from training_folder import DOCUMENTS, LABELS, assert_same_run, prepare, train_in, train_in_two_goes
 

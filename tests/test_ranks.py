@@ -30,7 +30,7 @@ from fanin.model import Classifier
 from fanin.ranks import ALONE, Ranks
 from fanin.refitting import refit
 from fanin.retrieval import rank as rank_documents
-from fanin.start import build_start
+from fanin.start.build import build_start
 from fanin.trainer import Trainer
 from tiny import tiny_tokenizer
 from together import Together

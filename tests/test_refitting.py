@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fanin.data.tokens import TokenSet
-from fanin.label_words import LabelWords
 from fanin.model import Classifier
 from fanin.refitting import refit
+from fanin.start.words import LabelWords
 from training_folder import LABELS, prepare
 
 ROWS = np.arange(0, 160, 2)

@@ -13,16 +13,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from embedded_corpus import write_corpus
-from fanin import sparse_coding, start, start_forms, start_ranking
 from fanin.centroids import load_label_documents
 from fanin.clusters import build_clusters
 from fanin.config import Config
 from fanin.files import InputError, read_json
 from fanin.heads import Bottleneck, Dense, FixedFanIn, Head
 from fanin.kernels.layer import index_dtype
-from fanin.sparse_coding import decode, encode, kmeans_dictionary, learn_dictionary
-from fanin.start import build_start, whitening
-from fanin.start_ranking import Ranking
+from fanin.start import build, forms, ranking, sparse_coding
+from fanin.start import whitening as whitening_module
+from fanin.start.build import build_start
+from fanin.start.ranking import Ranking
+from fanin.start.sparse_coding import decode, encode, kmeans_dictionary, learn_dictionary
+from fanin.start.whitening import whitening
 
 LABELS, WIDTH, DOCUMENTS = 90, 16, 900
 
@@ -257,11 +259,11 @@ def test_indices_are_distinct_ascending_and_small(corpus, tmp_path, config):
 def test_chunked_equals_all_at_once(corpus, tmp_path, monkeypatch, config):
     config.start.rounds = 1  # a dictionary that does not depend on the chunks of coding
     whole, summary = run(corpus, config, tmp_path / "whole")
-    monkeypatch.setattr(start, "CHUNK", 24)
-    monkeypatch.setattr(start, "GATHER", 50)
-    monkeypatch.setattr(start_ranking, "SCORES", 60 * 7)
+    monkeypatch.setattr(build, "CHUNK", 24)
+    monkeypatch.setattr(whitening_module, "GATHER", 50)
+    monkeypatch.setattr(ranking, "SCORES", 60 * 7)
     monkeypatch.setattr(sparse_coding, "CPU_BUDGET", 3000)
-    monkeypatch.setattr(start_forms, "RANDOM_BUDGET", 64)
+    monkeypatch.setattr(forms, "RANDOM_BUDGET", 64)
     pieces, again = run(corpus, config, tmp_path / "pieces")
     assert again["zero_shot"] == summary["zero_shot"]
     assert again["residual"] == pytest.approx(summary["residual"], rel=1e-3, abs=1e-9)
@@ -403,14 +405,14 @@ def test_longer_targets_are_coded_better():
 def test_the_sample_counts_each_training_document_of_a_label_once(corpus, monkeypatch, group):
     source = load_label_documents(*corpus.inputs[:2])
     generator = torch.Generator().manual_seed(0)
-    chosen, weight = start._sample(source, corpus.order, group, generator)
+    chosen, weight = build._sample(source, corpus.order, group, generator)
     assert len(chosen) >= LABELS - 3
     torch.testing.assert_close(
         weight / weight[0], torch.from_numpy(source.frequency[chosen].clip(1) / source.frequency[chosen[0]]).float()
     )
 
-    monkeypatch.setattr(start, "SAMPLE", 24)
-    drawn = [start._sample(source, corpus.order, group, generator) for _ in range(400)]
+    monkeypatch.setattr(build, "SAMPLE", 24)
+    drawn = [build._sample(source, corpus.order, group, generator) for _ in range(400)]
     always = set.intersection(*(set(chosen.tolist()) for chosen, _ in drawn))
     assert len(always) == 12  # the heaviest half
     assert len(set.union(*(set(chosen.tolist()) for chosen, _ in drawn))) >= LABELS - 3
@@ -487,12 +489,12 @@ def test_a_long_tail_is_coded_once_a_document(long_tail, tmp_path, monkeypatch, 
         coded.append(len(rows))
         return encode(rows, *rest, **more)
 
-    monkeypatch.setattr(start_forms, "encode", counted)
-    monkeypatch.setattr(start, "CHUNK", 100)
+    monkeypatch.setattr(forms, "encode", counted)
+    monkeypatch.setattr(build, "CHUNK", 100)
     short, summary = run(long_tail, config, tmp_path / "short")
     assert 34 <= sum(coded) < 34 + 7  # 30 documents, 4 labels of several; once more in each chunk that cuts a run
     coded.clear()
-    monkeypatch.setattr(start, "_alike_together", lambda source: np.arange(source.labels))
+    monkeypatch.setattr(build, "_alike_together", lambda source: np.arange(source.labels))
     plain, expected = run(long_tail, config, tmp_path / "plain")
     assert sum(coded) > 300
     seen = torch.zeros(604, dtype=torch.bool)

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fanin import start_forms
 from fanin.centroids import LabelDocuments, load_label_documents
 from fanin.data.tokens import TokenSet
 from fanin.embeddings import embed
@@ -27,11 +26,13 @@ from fanin.heads import Bottleneck, FixedFanIn, Head
 from fanin.kernels.layer import decode, raw
 from fanin.model import Classifier
 from fanin.refitting import refit
-from fanin.start import CHUNK, whitening
-from fanin.start_forms import Form, Whitening
+from fanin.start import forms
+from fanin.start.forms import Form
+from fanin.start.whitening import Whitening, whitening
 
 SHARE = 0.7  # of the way from a row's direction to its centroid's that a label without a document in training would go
 EVIDENCE = 30  # training documents of a label that make its learnt row count as much as that
+CHUNK = 4096  # labels worked on at once
 
 
 def recode_now(classifier: Classifier, tokens_folder: Path, embeddings_folder: Path, scratch: Path) -> dict[str, float]:
@@ -103,10 +104,10 @@ def _present_form(head: Head, intermediate: nn.Linear | None, white: Whitening) 
     if isinstance(head, FixedFanIn):
         lengths = unfold.norm(dim=1).clamp_min(1e-12)
         generator = torch.Generator().manual_seed(0)
-        return start_forms.FixedFanIn(unfold / lengths[:, None], lengths, head.inner_fan_in, head.group, generator)
+        return forms.FixedFanIn(unfold / lengths[:, None], lengths, head.inner_fan_in, head.group, generator)
     if isinstance(head, Bottleneck):
         unfold = head.projection @ unfold
-    return start_forms.Dense(torch.linalg.pinv(unfold), unfold)
+    return forms.Dense(torch.linalg.pinv(unfold), unfold)
 
 
 def _rows(head: Head, form: Form, start: int, stop: int) -> Tensor:

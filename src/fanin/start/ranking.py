@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fanin.centroids import load_embeddings
 from fanin.data.tokens import TokenSet
-from fanin.label_words import LabelWords
-from fanin.sparse_coding import decode
-from fanin.start_forms import Whitening
+from fanin.start.sparse_coding import decode
+from fanin.start.whitening import Whitening
+from fanin.start.words import LabelWords
 
 SCORES = 2**24  # scores of validation documents held at once
 RANKED = 2048  # validation documents ranked, at most

@@ -5,7 +5,7 @@ ridge classifier (a mean-separating start: Schultheis & Babbar, arXiv 2109.13122
 deviation of its logit over documents: all rows start with the same one, so that labels are ranked by how unusually well a
 document fits them and by their priors, the biases. (Rows scaled to lift their own documents equally would rank rare labels
 last: a centroid of few documents is long, mostly of noise, and would be shrunk the most.) Labels go by in chunks: centroids
-are made, expressed by the head's form (`start_forms`), written into its state and ranked, and no array holds all of them.
+are made, expressed by the head's form (`forms`), written into its state and ranked, and no array holds all of them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fanin.centroids import GATHER, LabelDocuments, load_label_documents
+from fanin.centroids import LabelDocuments, load_label_documents
 from fanin.config import Config
 from fanin.data.tokens import TokenSet
 from fanin.devices import choose_device
 from fanin.files import InputError, atomic_path, read_json, write_json
 from fanin.kernels.layer import index_dtype
-from fanin.label_words import LIFT, LabelWords, choose_rows
 from fanin.lexical import NORM, lexical_sizes
 from fanin.profiles import choose_profiled
-from fanin.start_forms import Expressed, Whitening, fit_form
-from fanin.start_ranking import Ranking
+from fanin.start.forms import Expressed, fit_form
+from fanin.start.ranking import Ranking
+from fanin.start.whitening import whitening
+from fanin.start.words import LIFT, LabelWords, choose_rows
 
-RIDGE = 0.05  # of the covariance, in mean eigenvalues
 SAMPLE = 32768  # labels that a dictionary is learnt from
 CHUNK = 4096  # labels worked on at once
 HINGE_LIFT = 2.0  # squared hinge: from -1, where nearly all its targets are, to the margin at 1
@@ -147,32 +147,6 @@ def _words(config: Config, tokens_folder: Path, embeddings_folder: Path, source:
         profile_words=config.head.profiles,
         lift=LIFT[config.head.loss] / NORM,
     )
-
-
-def whitening(embeddings: np.ndarray, device: torch.device) -> Whitening:
-    """embeddings [N, D] -> mean and P = (covariance + RIDGE mean eigenvalue I)^(-1/2), summed in float64 block by block.
-
-    Raises InputError where there are fewer than two documents or all embeddings are the same.
-    """
-    documents, width = embeddings.shape
-    total = torch.zeros(width, dtype=torch.float64)
-    moment = torch.zeros(width, width, dtype=torch.float64)
-    for start in range(0, documents, GATHER):
-        block = torch.from_numpy(embeddings[start : start + GATHER].astype(np.float32))
-        total += block.sum(0, dtype=torch.float64)
-    mean = total / max(documents, 1)
-    for start in range(0, documents, GATHER):
-        block = torch.from_numpy(embeddings[start : start + GATHER].astype(np.float32)) - mean.float()
-        moment += (block.T @ block).double()
-    values, vectors = torch.linalg.eigh(moment / max(documents - 1, 1))
-    if documents < 2 or not values.mean() > 1e-12:
-        raise InputError(
-            f"embeddings.npy: {documents} documents whose embeddings do not differ; check encoder.name and the corpus, "
-            "or set start.source to random"
-        )
-    values = (values.clamp_min(0) + RIDGE * values.mean()).sqrt()
-    matrix, inverse = (vectors * values**power @ vectors.T for power in (-1, 1))
-    return Whitening(*(tensor.float().to(device) for tensor in (mean, matrix, inverse)))
 
 
 def _biases(config: Config, source: LabelDocuments, order: np.ndarray) -> Tensor:

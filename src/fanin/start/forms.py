@@ -17,17 +17,10 @@ from torch import Tensor
 
 from fanin.config import Config
 from fanin.files import InputError
-from fanin.sparse_coding import decode, encode, kmeans_dictionary, learn_dictionary
+from fanin.start.sparse_coding import decode, encode, kmeans_dictionary, learn_dictionary
+from fanin.start.whitening import Whitening
 
 RANDOM_BUDGET = 2**22  # numbers drawn at once for random supports
-
-
-class Whitening(NamedTuple):
-    """z = matrix (x - mean): mean [D], matrix [D, D] symmetric, and its inverse."""
-
-    mean: Tensor
-    matrix: Tensor
-    inverse: Tensor
 
 
 class Expressed(NamedTuple):
