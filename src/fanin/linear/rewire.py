@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,21 @@ from torch import Tensor, nn
 from fanin import rewiring
 from fanin.linear.operators import no_autocast
 
-if TYPE_CHECKING:
-    from fanin.linear.layer import FixedFanInLinear
+
+class Rewirable(Protocol):
+    """What rewiring asks of a layer."""
+
+    weight: nn.Parameter
+    in_features: int
+    out_features: int
+    group: int
+
+    @property
+    def index(self) -> Tensor: ...
+
+    def row_chunks(self) -> Iterator[tuple[int, int]]: ...
+
+    def outputs_of(self, start: int, stop: int) -> slice: ...
 
 
 @dataclass
@@ -51,7 +64,7 @@ def capture(layer: nn.Module) -> Iterator[Captured]:
 
 @torch.no_grad()
 def rewire(
-    layer: FixedFanInLinear,
+    layer: Rewirable,
     fraction: float,
     method: str,
     x: Tensor | None,
@@ -96,14 +109,14 @@ def magnitude(weight: Tensor, group: int) -> Tensor:
     return rewiring.magnitude(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)), group)
 
 
-def random_scores(rows: int, layer: FixedFanInLinear, generator: torch.Generator | None) -> Tensor:
+def random_scores(rows: int, layer: Rewirable, generator: torch.Generator | None) -> Tensor:
     """[rows, D] uniform on the layer's device, the same whatever device that is if the generator is."""
     device = layer.weight.device
     drawn_on = device if generator is None else generator.device
     return torch.rand(rows, layer.in_features, generator=generator, device=drawn_on).to(device)
 
 
-def _dense_gradient(layer: FixedFanInLinear, x: Tensor | None, grad_output: Tensor | None) -> Callable[[slice], Tensor]:
+def _dense_gradient(layer: Rewirable, x: Tensor | None, grad_output: Tensor | None) -> Callable[[slice], Tensor]:
     """A function: a run of outputs -> dL/dW as if they were dense, float32 [outputs, D]."""
     if x is None or grad_output is None:
         raise ValueError("method rigl needs x [.., D] and grad_output [.., L] of a step: see FixedFanInLinear.capture")
@@ -131,7 +144,7 @@ def _dense_gradient(layer: FixedFanInLinear, x: Tensor | None, grad_output: Tens
     return chunk
 
 
-def _followers(layer: FixedFanInLinear, optimizer: torch.optim.Optimizer | None) -> Iterator[Tensor]:
+def _followers(layer: Rewirable, optimizer: torch.optim.Optimizer | None) -> Iterator[Tensor]:
     """What else holds a number for each weight [L, K]: the gradient, and the optimiser's momenta."""
     weight = layer.weight
     if weight.grad is not None:
