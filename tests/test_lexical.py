@@ -78,10 +78,10 @@ def test_a_vocabulary_too_large_for_short_indices_is_folded():
 
 
 @pytest.mark.parametrize(
-    ("group", "chunk", "members"), [(1, 2**16, 256), (1, 7, 256), (4, 2**16, 256), (4, 7, 256), (1, 2**16, 2)]
+    ("group", "chunk", "members"), [(1, 2**21, 256), (1, 40, 256), (4, 2**21, 256), (4, 40, 256), (1, 2**21, 2)]
 )
 def test_a_label_reads_the_heaviest_words_of_its_documents(tokens, monkeypatch, group, chunk, members):
-    monkeypatch.setattr(label_words, "_CHUNK", chunk)
+    monkeypatch.setattr(label_words, "_TOKENS", chunk)
     monkeypatch.setattr(label_words, "MEMBERS", members)
     rows = np.arange(100)
     words = LabelWords(tokens, rows, 26, VOCABULARY)  # label 25 is nobody's

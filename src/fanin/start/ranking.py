@@ -17,6 +17,7 @@ from fanin.start.words import LabelWords
 SCORES = 2**24  # scores of validation documents held at once
 RANKED = 2048  # validation documents ranked, at most
 CUTOFFS = (1, 3, 5)
+_READ = 256  # documents whose words are read at once
 
 
 class Ranking:
@@ -36,7 +37,12 @@ class Ranking:
         embeddings, documents = load_embeddings(embeddings_folder, *names, len(tokens))
         every = max(-(-len(documents) // RANKED), 1)  # evenly: documents of a kind often lie together
         embeddings, documents = embeddings[::every], documents[::every]
-        read = words.features(documents).T.contiguous() if words is not None else None
+        read = None
+        if words is not None:
+            read = torch.empty(words.width, len(documents))
+            for start in range(0, len(documents), _READ):
+                own = slice(start, start + _READ)
+                read[:, own] = words.features(documents[own]).T
         return cls(embeddings, tokens.labels(documents), labels, read)
 
     def whiten(self, white: Whitening) -> None:

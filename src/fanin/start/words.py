@@ -16,7 +16,7 @@ from fanin.lexical import Lexical
 LIFT = {"bce": 8.0, "squared_hinge": 2.0}  # a start's logit for a document whose words are just a label's
 DOCUMENTS = 2**20  # training documents that words are taken from, at most
 MEMBERS = 256  # of a label's documents that its words are taken from, at most: a few words need no more
-_CHUNK = 2**16  # documents looked at together
+_TOKENS = 2**21  # of documents looked at together, about
 _CHOICE_STREAM = 0x30D5  # keeps the choice's random numbers apart from others of the same seed
 
 
@@ -57,9 +57,11 @@ class LabelWords:
         position = np.full(len(tokens), -1, np.int32)
         position[self._rows] = np.arange(len(self._rows), dtype=np.int32)
         self._offsets, self._members = invert(tokens, position, labels)
+        mean_length = float(tokens.lengths[self._rows].mean()) if len(self._rows) else 1.0
+        self._some = max(int(_TOKENS / max(mean_length, 1.0)), 1)  # documents looked at together
         frequency = np.zeros(words, np.int64)
-        for start in range(0, len(self._rows), _CHUNK):
-            _, token, _ = self._counts(self._rows[start : start + _CHUNK])
+        for start in range(0, len(self._rows), self._some):
+            _, token, _ = self._counts(self._rows[start : start + self._some])
             frequency += np.bincount(token, minlength=words)
         self.idf = np.where(frequency > 0, np.log(max(len(self._rows), 1) / np.maximum(frequency, 1)), 0).astype(np.float32)
         self.lexical.idf.copy_(torch.from_numpy(self.idf))
@@ -104,9 +106,9 @@ class LabelWords:
         return torch.cat([index for index, _ in parts]), self._lift * torch.cat([weight for _, weight in parts])
 
     def _chunks(self, labels: np.ndarray, group: int) -> Iterator[np.ndarray]:
-        """Whole groups of labels with about `_CHUNK` documents."""
+        """Whole groups of labels with about `_some` documents."""
         members = np.minimum(np.diff(self._offsets)[labels], MEMBERS)
-        part = np.cumsum(np.add.reduceat(members, np.arange(0, len(labels), group))) // _CHUNK
+        part = np.cumsum(np.add.reduceat(members, np.arange(0, len(labels), group))) // self._some
         begins = np.flatnonzero(np.diff(part, prepend=-1)) * group
         return (labels[a:b] for a, b in zip(begins, [*begins[1:], len(labels)], strict=True))
 
