@@ -27,6 +27,11 @@ from study.tables import results
 PAGE = Path("docs/study.md")
 _PLACE = re.compile(r"<!-- records: ([a-z0-9-]+) -->\n.*?<!-- end -->", re.DOTALL)
 _SUMMARY = re.compile(r"<!-- summary -->\n.*?<!-- end -->", re.DOTALL)
+_OF_A_DEVICE = ("train_seconds", "prepare_seconds", "rank_seconds", "peak_mib", "note")
+
+Record = Mapping[str, Any]
+File = tuple[Path, Sequence[Record]]
+
 CAPTIONS = {
     "bytes": "Accuracy against the bytes of the output layer; the grey line is the front of what nothing beats in both",
     "model": "Accuracy against the bytes of the whole model, encoder too",
@@ -37,34 +42,59 @@ CAPTIONS = {
 }
 
 
-def generated(corpus: str, methods: Mapping[str, Method], folder: Path = RESULTS, plots: Path | None = None) -> str:
+def generated(corpus: str, methods: Mapping[str, Method], files: Sequence[File], plots: Path | None = None) -> str:
     """The generated part for a corpus: one section a record file (a device), so that no table and no share of the hole mixes
-    devices; draws into `plots` where it is given."""
+    devices; draws into `plots` where it is given.
+
+    The first section is the fullest and has the plots, and such rivals as were run elsewhere, without their times; the others
+    are folded.
+    """
+    if not files:
+        return "No records yet."
     title = CORPORA[corpus].title if corpus in CORPORA else corpus
-    parts = []
-    files = _by_device(corpus, folder)
-    for path, records in files:
-        parts += [f"### {title}: {records[0]['device']}"] if len(files) > 1 else []
-        parts += [_measured(records, path), results(records, methods)]
-        place = PAGE.parent / "study" / path.stem.removeprefix("study-")
-        if plots is not None:
-            draw_all(records, methods, title, plots / place.name)
-        drawn = [(name, place / f"{name}.png") for name in CAPTIONS if (place / f"{name}.png").exists()]
-        parts += [f"![{title}: {CAPTIONS[name]}]({png.relative_to(PAGE.parent).as_posix()})" for name, png in drawn]
-    return "\n\n".join(parts) or "No records yet."
+    (path, own), *others = files
+    rivals = _elsewhere(own, others)
+    parts = [f"### {title}: {own[0]['device']}"] if others else []
+    parts += [_measured(own, path)]
+    if rivals:
+        known = dict.fromkeys(f"`{source.as_posix()}`" for source, _ in rivals)
+        parts += [f"Rivals that were run elsewhere ({', '.join(known)}) have no times and no memory here."]
+    shown = [*own, *(record for _, record in rivals)]
+    parts += [results(shown, methods)]
+    place = PAGE.parent / "study" / path.stem.removeprefix("study-")
+    if plots is not None:
+        draw_all(shown, methods, title, plots / place.name)
+    drawn = [(name, place / f"{name}.png") for name in CAPTIONS if (place / f"{name}.png").exists()]
+    parts += [f"![{title}: {CAPTIONS[name]}]({png.relative_to(PAGE.parent).as_posix()})" for name, png in drawn]
+    for path, records in others:
+        parts += [f"<details><summary>{title}: {records[0]['device']}</summary>"]
+        parts += [_measured(records, path), results(records, methods), "</details>"]
+    return "\n\n".join(parts)
 
 
-def _by_device(corpus: str, folder: Path) -> list[tuple[Path, list[dict[str, Any]]]]:
-    """The record files of a corpus, that of the device with the most trained methods first."""
+def by_device(corpus: str, folder: Path = RESULTS) -> list[File]:
+    """The record files of a corpus, that of the device with the most trained runs first."""
     files = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob(f"study-{corpus}-*.json"))]
 
-    def trained(file: tuple[Path, list[dict[str, Any]]]) -> int:
-        return len({record["method"] for record in file[1] if record["kind"] == "trained"})
+    def trained(file: File) -> int:
+        return sum(record["kind"] == "trained" for record in file[1])
 
     return sorted(files, key=trained, reverse=True)
 
 
-def _measured(records: Sequence[Mapping[str, Any]], path: Path) -> str:
+def _elsewhere(own: Sequence[Record], others: Sequence[File]) -> list[tuple[Path, Record]]:
+    """Rivals that `own` lacks, from the first of `others` that has them: accuracy and model files depend on no device."""
+    found: dict[str, tuple[Path, Record]] = {}
+    known = {record["method"] for record in own}
+    for path, records in others:
+        for record in records:
+            if record["kind"] == "rival" and "unavailable" not in record and record["method"] not in known:
+                kept = {key: value for key, value in record.items() if key not in _OF_A_DEVICE}
+                found.setdefault(record["method"], (path, kept))
+    return list(found.values())
+
+
+def _measured(records: Sequence[Record], path: Path) -> str:
     """What the corpus holds, and where and by which commits the records of a file were made."""
     device = records[0]["device"]
     data = next((record["data"] for record in records if "data" in record), None)
@@ -83,10 +113,12 @@ def renewed(text: str, methods: Mapping[str, Method], plots: Path | None) -> str
     if not _PLACE.search(text):
         raise InputError(f"{PAGE}: no `<!-- records: CORPUS -->` ... `<!-- end -->` to fill")
 
-    def fill(place: re.Match[str]) -> str:
-        return f"<!-- records: {place[1]} -->\n{generated(place[1], methods, plots=plots)}\n<!-- end -->"
+    files = {name: by_device(name) for name in {*CORPORA, *_PLACE.findall(text)}}
 
-    corpora = {CORPORA[name].title: [records for _, records in _by_device(name, RESULTS)] for name in CORPORA}
+    def fill(place: re.Match[str]) -> str:
+        return f"<!-- records: {place[1]} -->\n{generated(place[1], methods, files[place[1]], plots)}\n<!-- end -->"
+
+    corpora = {CORPORA[name].title: [records for _, records in files[name]] for name in CORPORA}
     text = _SUMMARY.sub(lambda _: f"<!-- summary -->\n{summary(corpora, methods)}\n<!-- end -->", text)
     return _PLACE.sub(fill, text)
 

@@ -66,7 +66,7 @@ def _scatter(found: Sequence[Row], methods: Mapping[str, Method], title: str, co
         front = pareto(points)
         axis.step([points[i][0] for i in front], [points[i][1] for i in front], where="post", color="#cccccc", zorder=0)
         middle = math.sqrt(min(x for x, _ in points) * max(x for x, _ in points)) if points else 1.0
-        for number, (row, x, y) in enumerate(shown):
+        for number, (row, x, y) in enumerate(sorted(shown, key=lambda point: point[1])):  # neighbours' names above and below
             marker, colour = _style(row, methods)
             axis.errorbar(x, y, yerr=row.spread(quality), fmt=marker, color=colour, capsize=2, markersize=6)
             left = x > middle  # of its mark, so that it stays inside

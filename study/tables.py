@@ -53,7 +53,8 @@ def rows(records: Iterable[Mapping[str, Any]], methods: Mapping[str, Method]) ->
         values = {key: [record[key] for record in own if key in record] for key in numbers}
         if own[0]["kind"] != "rival":
             values["total_mib"] = [record["head_mib"] + record["shared_mib"] for record in own]
-        values["prepared_seconds"] = [record["train_seconds"] + record.get("prepare_seconds", 0) for record in own]
+        timed = [record for record in own if "train_seconds" in record]
+        values["prepared_seconds"] = [record["train_seconds"] + record.get("prepare_seconds", 0) for record in timed]
         splits = {
             split: {key: [record[split][key] for record in own if key in record[split]] for key in own[0][split]}
             for split in SPLITS

@@ -202,14 +202,20 @@ def test_the_page_takes_its_figures_from_the_records(tmp_path: Path, monkeypatch
 def test_each_device_has_a_section_of_its_own_and_the_fuller_set_comes_first(tmp_path: Path) -> None:
     better = [record("dense", 1, 80.0, device="a GPU"), record("plain", 1, 60.0, device="a GPU")]
     (tmp_path / "study-near-b-gpu.json").write_text(json.dumps(better))
-    (tmp_path / "study-near-a-box.json").write_text(json.dumps([record("dense", 1, 70.0), record("bonsai", 1, 63.0)]))
-    first, second = page.generated("near", METHODS, tmp_path).split("2 records, ")[1:]
+    rival = record("bonsai", 1, 63.0, kind="rival", train_seconds=777.0)
+    (tmp_path / "study-near-a-box.json").write_text(json.dumps([record("dense", 1, 70.0), rival]))
+    first, second = page.generated("near", METHODS, page.by_device("near", tmp_path)).split("2 records, ")[1:]
     assert first.startswith("a GPU")
     assert "80.00" in first
     assert "70.00" not in first
     assert "100 %" in first  # the hole's ends are this device's own
+    assert "63.00" in first  # the rival's accuracy depends on no device, its time does
+    assert "study-near-a-box.json" in first
+    assert "777" not in first
     assert second.startswith("a box")
+    assert "777" in second
     assert "%" not in second.split("\n\n")[1]  # no floor there
+    assert "</details>" in second
 
 
 def test_the_committed_page_is_what_the_committed_records_say(
