@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import platform
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -421,6 +424,33 @@ def test_what_the_child_refuses_and_where_memory_ends(workspace: tuple[Path, Con
 
         monkeypatch.setattr(probe, "measure", fail)
         assert jobs.answer(request) == {key: "no"}
+
+
+KEPT_BLOCKS = """
+import torch
+from fanin.memory import peaks
+
+peaks.release_allocator()
+held = []
+for number in range(200):  # 1 MiB that is freed, and an eighth behind it that stays: the heap cannot shrink
+    block = torch.ones(2**18)
+    held += [block, torch.ones(2**15)]
+del block, held[::2]
+before = peaks._anonymous()
+far, near = peaks.Trimmer(2**30), peaks.Trimmer(-(2**20))
+far()
+assert peaks._anonymous() > before - 2**24 and far.trimmed == 0
+near()
+after = peaks._anonymous()
+assert after < before - 150 * 2**20, (before, after)
+near()
+assert near.trimmed == 1  # there is nothing left that it could give back
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_what_glibc_keeps_of_freed_blocks_goes_back_between_steps() -> None:
+    subprocess.run([sys.executable, "-c", KEPT_BLOCKS], check=True)
 
 
 def test_a_run_that_cannot_fit_is_refused(

@@ -15,7 +15,7 @@ from transformers import BertConfig
 from fanin.config import Config, Head, check
 from fanin.files import InputError, write_json
 from fanin.memory import __main__ as cli
-from fanin.memory import advice, fits, job, table
+from fanin.memory import advice, fits, job, peaks, table
 from fanin.memory.advice import Change, cheapest, largest_fan_in
 from fanin.memory.job import MIB, Job, available
 from fanin.memory.shapes import EncoderShape
@@ -299,3 +299,17 @@ def test_bad_questions_are_explained(project: Path, capsys: pytest.CaptureFixtur
 )
 def test_sizes(text: str, bytes_: int) -> None:
     assert cli.size(text) == bytes_
+
+
+def test_between_steps_training_holds_what_was_planned_or_less_where_a_step_more_would_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = a_job().plan(100 * MIB)
+    a_step = plan.peak - plan.resident
+    monkeypatch.setattr(peaks, "_anonymous", lambda: 5)
+    for room, held in ((10 * plan.need, plan.need), (plan.need + a_step // 2, plan.need + a_step // 2 - a_step), (MIB, 0)):
+        monkeypatch.setattr(fits, "available", lambda device, room=room: room)
+        kept = fits.between_steps(plan, CPU)
+        assert isinstance(kept, peaks.Trimmer)
+        assert kept.limit == 5 + held
+    assert not isinstance(fits.between_steps(plan, torch.device("cuda")), peaks.Trimmer)

@@ -58,7 +58,7 @@ class Trainer:
     train_rows, validation_rows: ascending rows of `tokens`; meta: [L] the meta-label of each label id, or None without the
     auxiliary objective; recode: what recodes a classifier, and returns figures about it, or None where
     rewiring.recode_at is 0; checkpoints: the folder for the running state; fingerprint: names settings and data, so that a
-    checkpoint of another run is never taken up; log: called with (metrics, step).
+    checkpoint of another run is never taken up; log: called with (metrics, step); between: called after each step.
     Where the classifier is shared by ranks, each has a trainer of the same arguments, and all run at the same time.
     """
 
@@ -76,6 +76,7 @@ class Trainer:
         checkpoints: Path = Path("checkpoints"),
         fingerprint: str = "",
         log: Log = lambda metrics, step: None,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         settings = config.train
         self.config, self.settings, self.classifier, self.ranks = config, settings, classifier, classifier.ranks
@@ -84,7 +85,7 @@ class Trainer:
                 f"train.batch: {settings.batch} documents cannot be shared by {self.ranks.size} processes; use fewer"
             )
         self.tokens, self.validation_rows = tokens, validation_rows
-        self.checkpoints, self.fingerprint, self.log = checkpoints, fingerprint, log
+        self.checkpoints, self.fingerprint, self.log, self.between = checkpoints, fingerprint, log, between
         order = classifier.label_order
         self.batches = Batches(tokens, train_rows, settings.batch, config.seed, pad_id, classifier.label_rows, self.ranks)
         steps_per_epoch = len(self.batches) / settings.accumulation
@@ -141,6 +142,7 @@ class Trainer:
         with Signals(self._on_signal), self._progress() as bar:
             while self.step < self.total:
                 metrics = self._train_step(stream)
+                self.between()
                 self.seconds = before + time.monotonic() - began
                 bar.update()
                 if metrics:

@@ -24,7 +24,7 @@ from fanin.encoder import choose_precision
 from fanin.faults import sole_run
 from fanin.files import InputError, atomic_path, read_json, sha256, write_json
 from fanin.heads import FixedFanIn
-from fanin.memory.fits import check, job_of, memory_explained
+from fanin.memory.fits import between_steps, check, job_of, memory_explained
 from fanin.model import Classifier, holds_tensors
 from fanin.ranks import ALONE, Ranks
 from fanin.recoding import recode_now
@@ -69,6 +69,7 @@ def train(
             if ranks.leads:
                 stack.enter_context(sole_run(checkpoints))
             plan = check(config, description, device, ranks)
+        between = between_steps(plan, device, ranks)
         job = job_of(config, description, device, ranks.size)
         stack.enter_context(memory_explained(job, plan, checkpoints))
         tokens = TokenSet.open(tokens_folder / "train.arrow")
@@ -102,6 +103,7 @@ def train(
                 _fingerprint(config, tokens_folder, clusters_folder, start_folder) if ranks.leads else ""
             ),
             log=log if ranks.leads else lambda metrics, step: None,
+            between=between,
         )
         optimizer_bytes = classifier.head_bytes()["optimizer"]
         trainer.run()

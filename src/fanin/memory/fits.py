@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fanin.encoder import choose_precision, load_description
 from fanin.files import InputError
 from fanin.memory import advice
 from fanin.memory.job import MIB, Job, available
-from fanin.memory.peaks import pin_allocator
+from fanin.memory.peaks import Trimmer, pin_allocator
 from fanin.memory.plan import Plan
 from fanin.memory.shapes import EncoderShape
 from fanin.ranks import ALONE, Ranks
@@ -64,6 +64,15 @@ def check(config: Config, description: Mapping[str, Any], device: torch.device, 
         way = "; until then freed blocks go back to the system at once, which is slower" if pinned else ""
         print(f"memory is tight: {refusal(job, plan, room)}{way}", file=sys.stderr)
     return plan
+
+
+def between_steps(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Callable[[], None]:
+    """What training is to call between steps, so that on a CPU it stays near `plan` however long it runs: a `Trimmer` at the
+    plan's need, or earlier where that and a step more would not fit into what is free now."""
+    if device.type != "cpu":
+        return lambda: None
+    a_step, room = plan.peak - plan.resident, available(device) // ranks.local
+    return Trimmer(max(min(plan.need, room - a_step), 0))
 
 
 def refusal(job: Job, plan: Plan, room: int) -> str:
