@@ -21,7 +21,7 @@ from study.corpora import CORPORA
 from study.methods import Method, load_methods
 from study.plots import draw_all
 from study.records import RESULTS
-from study.summary import summary
+from study.summary import pairs, summary
 from study.tables import results
 
 PAGE = Path("docs/study.md")
@@ -72,14 +72,15 @@ def generated(corpus: str, methods: Mapping[str, Method], files: Sequence[File],
     return "\n\n".join(parts)
 
 
-def by_device(corpus: str, folder: Path = RESULTS) -> list[File]:
-    """The record files of a corpus, that of the device with the most trained runs first."""
+def by_device(corpus: str, methods: Mapping[str, Method], folder: Path = RESULTS) -> list[File]:
+    """The record files of a corpus, that with the most runs which the summary compares first, then the most trained ones."""
     files = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob(f"study-{corpus}-*.json"))]
 
-    def trained(file: File) -> int:
-        return sum(record["kind"] == "trained" for record in file[1])
+    def fullness(file: File) -> tuple[int, int]:
+        compared = sum(len(pairs([file[1]], method)) for method in methods.values() if method.against)
+        return compared, sum(record["kind"] == "trained" for record in file[1])
 
-    return sorted(files, key=trained, reverse=True)
+    return sorted(files, key=fullness, reverse=True)
 
 
 def _elsewhere(own: Sequence[Record], others: Sequence[File]) -> list[tuple[Path, Record]]:
@@ -113,7 +114,7 @@ def renewed(text: str, methods: Mapping[str, Method], plots: Path | None) -> str
     if not _PLACE.search(text):
         raise InputError(f"{PAGE}: no `<!-- records: CORPUS -->` ... `<!-- end -->` to fill")
 
-    files = {name: by_device(name) for name in {*CORPORA, *_PLACE.findall(text)}}
+    files = {name: by_device(name, methods) for name in {*CORPORA, *_PLACE.findall(text)}}
 
     def fill(place: re.Match[str]) -> str:
         return f"<!-- records: {place[1]} -->\n{generated(place[1], methods, files[place[1]], plots)}\n<!-- end -->"

@@ -39,21 +39,27 @@ def pairs(files: Iterable[Sequence[Record]], method: Method) -> list[Pair]:
 
 def summary(corpora: Mapping[str, Sequence[Sequence[Record]]], methods: Mapping[str, Method]) -> str:
     """The table, as Markdown. corpora: title -> its records, one list a device."""
-    header = ["corpus", "method", "runs", "bytes", "with shared", *SHOWN, *(f"{figure} of dense" for figure in COMPARED)]
+    header = ["corpus", "method", "steps", "runs", "bytes", "with shared", *SHOWN]
+    header += [f"{figure} of dense" for figure in COMPARED]
+    no_shares = [ABSENT] * len(COMPARED)
     body = []
     for title, files in corpora.items():
         for method in methods.values():
-            found = pairs(files, method) if method.against else []
-            if not found:
-                continue
-            runs, (sparse, dense) = str(len(found)), zip(*found, strict=True)
-            shares = [_spread([100 * p.sparse[f] / p.dense[f] for p in found], 1) + " %" for f in COMPARED]
-            body.append([title, f"`{method.name}`", runs, *_bytes(sparse), *_figures(sparse), *shares])
-            body.append([title, f"`{method.against}`", runs, *_bytes(dense), *_figures(dense), *[ABSENT] * len(COMPARED)])
+            for steps, found in _by_steps(pairs(files, method) if method.against else []):
+                runs, (sparse, dense) = str(len(found)), zip(*found, strict=True)
+                shares = [_spread([100 * p.sparse[f] / p.dense[f] for p in found], 1) + " %" for f in COMPARED]
+                body.append([title, f"`{method.name}`", steps, runs, *_bytes(sparse), *_figures(sparse), *shares])
+                body.append([title, f"`{method.against}`", steps, runs, *_bytes(dense), *_figures(dense), *no_shares])
         rival = [r for records in files for r in records if r["method"] == RIVAL and "unavailable" not in r]
         if rival:
-            body.append([title, f"`{RIVAL}`", str(len(rival)), ABSENT, ABSENT, *_figures(rival), *[ABSENT] * len(COMPARED)])
+            body.append([title, f"`{RIVAL}`", ABSENT, str(len(rival)), ABSENT, ABSENT, *_figures(rival), *no_shares])
     return markdown(header, body, text=2) if body else "No records yet."
+
+
+def _by_steps(found: Sequence[Pair]) -> list[tuple[str, list[Pair]]]:
+    """Pairs by the steps that they trained for: a corpus' preset may have changed between them."""
+    steps = sorted({pair.sparse["steps"] for pair in found})
+    return [(f"{own:,}", [pair for pair in found if pair.sparse["steps"] == own]) for own in steps]
 
 
 def _figures(records: Sequence[Record]) -> list[str]:

@@ -36,7 +36,15 @@ def record(method: str, seed: int, p1: float, **more: Any) -> dict[str, Any]:
     size = {"model_mib": 90.0} | ({} if kind == "rival" else {"head_mib": 3.0, "shared_mib": 2.0, "dense_mib": 24.0})
     splits = {split: {"P@5": p1 / 3, "PSP@5": p1 / 6, "recall@5": 10.0} for split in ("head", "torso", "tail")}
     curve = {} if kind == "rival" else {"curve": [{"step": 1, "P@1": p1 / 2}, {"step": 2, "P@1": p1}]}
-    told = {"train_seconds": 100.0, "peak_mib": 900.0, "device": "a box", "commit": "c" * 40, "wall_seconds": 120.0}
+    told = {
+        "steps": 821,
+        "train_seconds": 100.0,
+        "peak_mib": 900.0,
+        "device": "a box",
+        "commit": "c" * 40,
+        "wall_seconds": 120.0,
+    }
+    told |= {"steps": 821}
     data = {"train_documents": 72912, "test_documents": 18073, "labels": 4, "labels_seen_once": 2, "labels_per_document": 3.0}
     return (
         {"method": method, "about": METHODS[method].about, "kind": kind, "tier": "main", "corpus": "near", "seed": seed}
@@ -142,15 +150,18 @@ def test_the_table_has_a_line_a_method_and_names_what_was_not_there() -> None:
 
 def test_the_summary_pairs_runs_of_one_device_commit_and_seed() -> None:
     here = [*RECORDS, record("good", 2, 66.0), record("good", 3, 99.0)]  # the dense method has no seed 3
+    here += [record(name, 1, 72.0, steps=4000, commit="e" * 40) for name in ("good", "dense_start")]  # another budget
     there = [record("good", 1, 40.0), record("dense_start", 1, 80.0, commit="d" * 40)]
     table = summary({"Near": [here, there], "Elsewhere": [there]}, METHODS).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    good, dense, rival = cells[2:]
-    assert good[:5] == ["Near", "`good`", "2", "0.125", "0.208"]
-    assert good[5] == "65.50 ± 0.71"
+    good, dense, longer, _, rival = cells[2:]
+    assert good[:6] == ["Near", "`good`", "821", "2", "0.125", "0.208"]
+    assert good[6] == "65.50 ± 0.71"
     assert good[-1] == "93.6 ± 0.9 %"  # 65 of 69 and 66 of 71
-    assert dense[:3] == ["Near", "`dense_start`", "2"]
-    assert rival[:5] == ["Near", "`bonsai`", "1", "-", "-"]
+    assert dense[:4] == ["Near", "`dense_start`", "821", "2"]
+    assert longer[:4] == ["Near", "`good`", "4,000", "1"]
+    assert longer[-1] == "100.0 %"
+    assert rival[:6] == ["Near", "`bonsai`", "-", "1", "-", "-"]
     assert summary({"Near": [there]}, METHODS) == "No records yet."
 
 
@@ -204,7 +215,7 @@ def test_each_device_has_a_section_of_its_own_and_the_fuller_set_comes_first(tmp
     (tmp_path / "study-near-b-gpu.json").write_text(json.dumps(better))
     rival = record("bonsai", 1, 63.0, kind="rival", train_seconds=777.0)
     (tmp_path / "study-near-a-box.json").write_text(json.dumps([record("dense", 1, 70.0), rival]))
-    first, second = page.generated("near", METHODS, page.by_device("near", tmp_path)).split("2 records, ")[1:]
+    first, second = page.generated("near", METHODS, page.by_device("near", METHODS, tmp_path)).split("2 records, ")[1:]
     assert first.startswith("a GPU")
     assert "80.00" in first
     assert "70.00" not in first
