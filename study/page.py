@@ -14,14 +14,13 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fanin.files import InputError, atomic_path
 from study.corpora import CORPORA
 from study.methods import Method, load_methods
 from study.plots import draw_all
 from study.records import RESULTS
-from study.summary import pairs, summary
+from study.summary import Record, pairs, summary
 from study.tables import results
 
 PAGE = Path("docs/study.md")
@@ -29,7 +28,6 @@ _PLACE = re.compile(r"<!-- records: ([a-z0-9-]+) -->\n.*?<!-- end -->", re.DOTAL
 _SUMMARY = re.compile(r"<!-- summary -->\n.*?<!-- end -->", re.DOTALL)
 _OF_A_DEVICE = ("train_seconds", "prepare_seconds", "rank_seconds", "peak_mib", "note")
 
-Record = Mapping[str, Any]
 File = tuple[Path, Sequence[Record]]
 
 CAPTIONS = {

@@ -44,7 +44,6 @@ def record(method: str, seed: int, p1: float, **more: Any) -> dict[str, Any]:
         "commit": "c" * 40,
         "wall_seconds": 120.0,
     }
-    told |= {"steps": 821}
     data = {"train_documents": 72912, "test_documents": 18073, "labels": 4, "labels_seen_once": 2, "labels_per_document": 3.0}
     return (
         {"method": method, "about": METHODS[method].about, "kind": kind, "tier": "main", "corpus": "near", "seed": seed}

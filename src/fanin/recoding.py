@@ -27,12 +27,11 @@ from fanin.kernels.layer import decode, raw
 from fanin.model import Classifier
 from fanin.refitting import refit
 from fanin.start import forms
-from fanin.start.forms import Form
+from fanin.start.forms import CHUNK, Form
 from fanin.start.whitening import Whitening, whitening
 
 SHARE = 0.7  # of the way from a row's direction to its centroid's that a label without a document in training would go
 EVIDENCE = 30  # training documents of a label that make its learnt row count as much as that
-CHUNK = 4096  # labels worked on at once
 
 
 def recode_now(classifier: Classifier, tokens_folder: Path, embeddings_folder: Path, scratch: Path) -> dict[str, float]:

@@ -53,10 +53,8 @@ def check(config: Config, description: Mapping[str, Any], device: torch.device, 
     then keeps nothing back from now on, which costs some time. Returns the plan of what is still to be taken.
     """
     job = job_of(config, description, device, ranks.size)
-    first_use, room = FIRST_USE["cpu" if device.type == "cpu" else "cuda"], available(device)
-    if device.type == "cpu":
-        room //= ranks.local
-    plan = job.plan(first_use)
+    room = _room(device, ranks)
+    plan = job.plan(FIRST_USE["cpu" if device.type == "cpu" else "cuda"])
     if plan.peak > room:
         raise InputError(f"train: this run does not fit: {refusal(job, plan, room)}")
     if plan.need > room:
@@ -71,8 +69,13 @@ def between_steps(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Cal
     plan's need, or earlier where that and a step more would not fit into what is free now."""
     if device.type != "cpu":
         return lambda: None
-    a_step, room = plan.peak - plan.resident, available(device) // ranks.local
-    return Trimmer(max(min(plan.need, room - a_step), 0))
+    a_step = plan.peak - plan.resident
+    return Trimmer(max(min(plan.need, _room(device, ranks) - a_step), 0))
+
+
+def _room(device: torch.device, ranks: Ranks) -> int:
+    """Bytes free for this process: ranks of one machine share its memory, and have a GPU each."""
+    return available(device) // (ranks.local if device.type == "cpu" else 1)
 
 
 def refusal(job: Job, plan: Plan, room: int) -> str:

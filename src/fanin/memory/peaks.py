@@ -95,13 +95,8 @@ def current(device: torch.device) -> int:
 
 def resident_peak() -> int:
     """This process's highest resident memory, since the last reset where there was one."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = _status("VmHWM")
+    return found or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _reset_resident_peak() -> bool:
@@ -143,9 +138,14 @@ class Trimmer:
 
 def _anonymous() -> int:
     """Bytes resident that no file stands for; 0 where the system does not say."""
+    return _status("RssAnon")
+
+
+def _status(field: str) -> int:
+    """Bytes that /proc/self/status names; 0 where it does not."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass

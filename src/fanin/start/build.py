@@ -28,13 +28,12 @@ from fanin.files import InputError, atomic_path, read_json, write_json
 from fanin.kernels.layer import index_dtype
 from fanin.lexical import NORM, lexical_sizes
 from fanin.profiles import choose_profiled
-from fanin.start.forms import Expressed, fit_form
+from fanin.start.forms import CHUNK, Expressed, fit_form
 from fanin.start.ranking import Ranking
 from fanin.start.whitening import whitening
 from fanin.start.words import LIFT, LabelWords, choose_rows
 
 SAMPLE = 32768  # labels that a dictionary is learnt from
-CHUNK = 4096  # labels worked on at once
 HINGE_LIFT = 2.0  # squared hinge: from -1, where nearly all its targets are, to the margin at 1
 NEAREST = 0.5  # own documents nearer to the mean than this, in standard deviations, are lifted less: that is noise
 

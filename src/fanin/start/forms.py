@@ -20,6 +20,7 @@ from fanin.files import InputError
 from fanin.start.sparse_coding import decode, encode, kmeans_dictionary, learn_dictionary
 from fanin.start.whitening import Whitening
 
+CHUNK = 4096  # labels that callers express at once
 RANDOM_BUDGET = 2**22  # numbers drawn at once for random supports
 
 
