@@ -106,7 +106,7 @@ def test_every_change_is_a_valid_config_that_takes_less(kind: str) -> None:
 
 def test_the_least_harmful_changes_come_first_and_fit() -> None:
     own = a_job(labels=2_812_281)
-    room = own.plan(0).need * 2 // 3
+    room = own.plan(0).need * 3 // 5
     found = cheapest(own, room, 0)
     assert len(found) == 3
     assert all(plan.need <= room for _, plan in found)
@@ -205,7 +205,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_change(
     needed = fits.check(*small, CPU)
     monkeypatch.setattr(fits, "available", lambda device: needed.peak - 20 * MIB)
     with pytest.raises(
-        InputError, match=r"does not fit: .*1,000,000 labels.* MiB are free; it fits with .*head\.dtype=bf16 \("
+        InputError, match=r"does not fit: .*1,000,000 labels.* MiB are free; it fits with .*head\.dtype=.* MiB\)"
     ):
         fits.check(*small, CPU)
     monkeypatch.setattr(fits, "available", lambda device: 10 * MIB)
@@ -301,15 +301,15 @@ def test_sizes(text: str, bytes_: int) -> None:
     assert cli.size(text) == bytes_
 
 
-def test_between_steps_training_holds_what_was_planned_or_less_where_a_step_more_would_not_fit(
+def test_between_steps_training_holds_little_above_the_peak_or_less_where_a_step_more_would_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = a_job().plan(100 * MIB)
     a_step = plan.peak - plan.resident
     monkeypatch.setattr(peaks, "_anonymous", lambda: 5)
-    for room, held in ((10 * plan.need, plan.need), (plan.need + a_step // 2, plan.need + a_step // 2 - a_step), (MIB, 0)):
+    for room, held in ((10 * plan.need, plan.peak + 3 * a_step // 10), (plan.peak + a_step, plan.peak), (MIB, 0)):
         monkeypatch.setattr(fits, "available", lambda device, room=room: room)
         kept = fits.between_steps(plan, CPU)
         assert isinstance(kept, peaks.Trimmer)
-        assert kept.limit == 5 + held
+        assert kept.limit == pytest.approx(5 + held, abs=1)
     assert not isinstance(fits.between_steps(plan, torch.device("cuda")), peaks.Trimmer)

@@ -22,6 +22,7 @@ from fanin.memory.plan import Plan
 from fanin.memory.shapes import EncoderShape
 from fanin.ranks import ALONE, Ranks
 
+_KEPT = 0.3  # of what a step takes for itself may stay beside the peak until it is given back; less would cost time
 _LESS = 0.9  # of a plan that did not fit: what a change must bring to be worth naming
 # What the first training step loads beside what is imported by then: transformers' model code and torch's optimisers on a
 # CPU (205 MiB measured), the libraries' workspaces on a GPU.
@@ -65,12 +66,12 @@ def check(config: Config, description: Mapping[str, Any], device: torch.device, 
 
 
 def between_steps(plan: Plan, device: torch.device, ranks: Ranks = ALONE) -> Callable[[], None]:
-    """What training is to call between steps, so that on a CPU it stays near `plan` however long it runs: a `Trimmer` at the
-    plan's need, or earlier where that and a step more would not fit into what is free now."""
+    """What training is to call between steps, so that on a CPU it stays within `plan` however long it runs: a `Trimmer` just
+    above the plan's peak, or below where that and a step more would not fit into what is free now."""
     if device.type != "cpu":
         return lambda: None
     a_step = plan.peak - plan.resident
-    return Trimmer(max(min(plan.need, _room(device, ranks) - a_step), 0))
+    return Trimmer(max(min(plan.peak + int(_KEPT * a_step), _room(device, ranks) - a_step), 0))
 
 
 def _room(device: torch.device, ranks: Ranks) -> int:
