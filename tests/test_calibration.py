@@ -162,6 +162,7 @@ def test_the_head_gives_the_shifted_logits(monkeypatch, kind, group, dtype, lexi
     shift = Shift(words=1.4, log_frequency=-0.2, rare=-1.5, slope=0.8, slope_log_frequency=0.05)
     asked = {}
     monkeypatch.setattr(calibration, "fit", lambda *given: asked.update(given=given) or shift)
+    monkeypatch.setattr(calibration, "ranks_better", lambda before, after: True)  # labels are random here
 
     found = calibrate(own, tokens, rows, frequency)
 
@@ -169,7 +170,7 @@ def test_the_head_gives_the_shifted_logits(monkeypatch, kind, group, dtype, lexi
     expected = shift.apply(before.astype(np.float64), words.astype(np.float64), frequency[names][None].repeat(40, 0))
     tolerance = {"fp32": 1e-4, "bf16": 0.05, "fp8": 0.6}[dtype]
     np.testing.assert_allclose(own.head.logits(x, 0, LABELS).numpy(), expected, atol=tolerance)
-    assert found["words"] == 1.4
+    assert (found["words"], found["kept"]) == (1.4, 1)
     scores, part, own_frequency, hits = asked["given"]
     assert scores.shape == (260, calibration.CANDIDATES)
     assert hits.sum() > 0
@@ -177,6 +178,40 @@ def test_the_head_gives_the_shifted_logits(monkeypatch, kind, group, dtype, lexi
     # the part of words is that of the very candidates
     labels = own.topk(torch.from_numpy(tokens._ids[rows]), torch.ones(260, 3, dtype=torch.int64), 1)[1]
     assert own_frequency.shape == labels.expand(-1, calibration.CANDIDATES).shape
+
+
+@pytest.mark.parametrize(("helps", "kept"), [(True, 1), (False, 0)])
+def test_a_shift_is_kept_only_where_documents_rank_better(monkeypatch, helps, kept):
+    """Every document's first label by its logits is right, or wrong until rare labels are put behind the others."""
+    own = classifier("fixed", 1, "fp32", False)
+    ids = torch.from_numpy(_Tokens([np.array([0], np.int32)] * DOCUMENTS)._ids)
+    first = own.topk(ids, torch.ones_like(ids), 1)[1][:, 0]
+    frequency = np.where(np.isin(np.arange(LABELS), first), 1, 100)
+    shift = Shift(log_frequency=100.0)
+    then = own.head.logits(own.features(ids, torch.ones_like(ids)), 0, LABELS).numpy() + shift.gains(frequency)
+    right = then.argmax(1) if helps else first.numpy()
+    tokens = _Tokens([np.array([label], np.int32) for label in right])
+    monkeypatch.setattr(calibration, "fit", lambda *given: shift)
+    before = own.head.weight.clone(), own.head.bias.clone()
+
+    found = calibrate(own, tokens, np.arange(DOCUMENTS), frequency)
+
+    assert found["kept"] == kept
+    assert torch.equal(own.head.bias, before[1]) != helps
+    assert torch.equal(own.head.weight, before[0])  # this shift has none
+    assert (found["after P@1"] > found["before P@1"]) == helps
+
+
+def test_ranking_better_by_chance_is_not_enough():
+    rng = np.random.default_rng(0)
+    before = rng.random((1000, 20)) < 0.3
+    shuffled = np.sort(rng.random((1000, 20)) < 0.3, axis=1)[:, ::-1]  # the right ones first
+    assert calibration.ranks_better(before, shuffled)
+    assert not calibration.ranks_better(shuffled, before)
+    assert not calibration.ranks_better(before, before)
+    chance = [calibration.ranks_better(before, rng.permuted(before, axis=1)) for _ in range(100)]
+    assert sum(chance) < 10
+    assert not calibration.ranks_better(before[:1], shuffled[:1])  # one document says nothing
 
 
 def test_words_part_is_that_of_the_candidates():

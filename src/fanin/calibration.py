@@ -8,6 +8,9 @@ logarithm (Platt's scaling, 1999, with the frequency as a covariate). Divided by
 factor and a shift for each label, by its frequency alone. Labels rarer than nearly all candidates get those of the rarest
 candidates: the fit knows nothing of them, and its term in 1/n could lift them above all others. Factors and shifts are folded
 into the head: nothing is added at inference. A Gaussian prior holds the fit to "no change" where documents are few.
+
+Labels are left as they were where the documents do not rank better by more than chance. What a fit moves most are rare labels,
+downwards; where they do not stand in the way, after several epochs for one, that helps no frequent label and costs the rare ones.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from fanin.retrieval import rank
 
 CANDIDATES = 20  # labels a document
 PRIOR = 10.0  # precision of the prior on coefficients of covariates of unit variance: 1 for the logit's, 0 for the others
+CERTAIN = 2.0  # standard errors by which the documents' precision has to rise
 SELDOM = 0.01  # of the candidates are rarer than what the fit is trusted for
 _BATCH = 256
 _ROWS = 2**16  # of the head, changed together
@@ -69,10 +73,12 @@ def _at_least(frequency: np.ndarray, rarest: float) -> np.ndarray:
 
 
 def calibrate(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, frequency: np.ndarray) -> dict[str, float]:
-    """Fit a `Shift` on the held-out `rows` of `tokens` and fold it into the head's weights and biases, in place.
+    """Fit a `Shift` on the held-out `rows` of `tokens` and, where they rank better with it, fold it into the head's weights and
+    biases, in place.
 
-    frequency [L]: training documents of each label. All of the classifier's ranks call this. Returns the shift and the
-    candidates' P@k before and after it (the documents that it was fitted on: no estimate of what others would gain).
+    frequency [L]: training documents of each label. All of the classifier's ranks call this. Returns the shift, the
+    candidates' P@k before and after it (the documents that it was fitted on: no estimate of what others would gain), and
+    whether it was kept (1 or 0).
     """
     count = min(CANDIDATES, classifier.labels)
     labels, scores = rank(classifier, tokens, rows, count, _BATCH)
@@ -80,14 +86,19 @@ def calibrate(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, freque
     truth = csr(tokens.labels(rows))
     hits = match(labels, *truth)
     shift = fit(scores, words, frequency[labels], hits)
-    _fold(classifier, shift, frequency)
     order = np.argsort(-shift.apply(scores, words, frequency[labels]), axis=1, kind="stable")
-    found = {
-        f"{name} {k}": v
-        for name, h in (("before", hits), ("after", np.take_along_axis(hits, order, 1)))
-        for k, v in precision(h).items()
-    }
-    return {**shift._asdict(), **found}
+    after = np.take_along_axis(hits, order, 1)
+    kept = ranks_better(hits, after)
+    if kept:
+        _fold(classifier, shift, frequency)
+    found = {f"{name} {k}": v for name, h in (("before", hits), ("after", after)) for k, v in precision(h).items()}
+    return {**shift._asdict(), **found, "kept": float(kept)}
+
+
+def ranks_better(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether documents' mean of P@1, P@3 and P@5 rises by more than CERTAIN standard errors; hits [N, C], best first."""
+    gain = np.mean([after[:, :k].mean(1) - before[:, :k].mean(1) for k in (1, 3, 5)], axis=0)
+    return len(gain) > 1 and bool(gain.mean() > CERTAIN * gain.std(ddof=1) / np.sqrt(len(gain)))
 
 
 def fit(scores: np.ndarray, words: np.ndarray, frequency: np.ndarray, hits: np.ndarray) -> Shift:
