@@ -10,7 +10,7 @@ candidates: the fit knows nothing of them, and its term in 1/n could lift them a
 into the head: nothing is added at inference. A Gaussian prior holds the fit to "no change" where documents are few.
 
 Labels are left as they were where the documents do not rank better by more than chance. What a fit moves most are rare labels,
-downwards; where they do not stand in the way, after several epochs for one, that helps no frequent label and costs the rare ones.
+downwards; where they do not stand in the way, after several epochs for one, it helps no other label and costs rare ones.
 """
 
 from __future__ import annotations
