@@ -88,7 +88,7 @@ def calibrate(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, freque
     shift = fit(scores, words, frequency[labels], hits)
     order = np.argsort(-shift.apply(scores, words, frequency[labels]), axis=1, kind="stable")
     after = np.take_along_axis(hits, order, 1)
-    kept = ranks_better(hits, after)
+    kept = classifier.ranks.of_first(ranks_better(hits, after))  # all fold, or none
     if kept:
         _fold(classifier, shift, frequency)
     found = {f"{name} {k}": v for name, h in (("before", hits), ("after", after)) for k, v in precision(h).items()}
