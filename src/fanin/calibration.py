@@ -9,8 +9,9 @@ factor and a shift for each label, by its frequency alone. Labels rarer than nea
 candidates: the fit knows nothing of them, and its term in 1/n could lift them above all others. Factors and shifts are folded
 into the head: nothing is added at inference. A Gaussian prior holds the fit to "no change" where documents are few.
 
-Labels are left as they were where the documents do not rank better by more than chance. What a fit moves most are rare labels,
-downwards; where they do not stand in the way, after several epochs for one, it helps no other label and costs rare ones.
+Labels are left as they were where the documents do not rank better with the fit, counted by P@k and PSP@k alike. What a fit
+moves most are rare labels; where they do not stand in others' way, after several epochs for one, that can cost them much and
+bring nothing.
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ from fanin.data.batches import collate
 from fanin.data.tokens import TokenSet
 from fanin.heads import FixedFanIn
 from fanin.kernels.layer import decode, raw
-from fanin.metrics import csr, match, precision
+from fanin.metrics import contributions, csr, inverse_propensity, match
 from fanin.model import Classifier
 from fanin.retrieval import rank
 
 CANDIDATES = 20  # labels a document
 PRIOR = 10.0  # precision of the prior on coefficients of covariates of unit variance: 1 for the logit's, 0 for the others
-CERTAIN = 2.0  # standard errors by which the documents' precision has to rise
 SELDOM = 0.01  # of the candidates are rarer than what the fit is trusted for
 _BATCH = 256
 _ROWS = 2**16  # of the head, changed together
@@ -77,28 +77,35 @@ def calibrate(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, freque
     biases, in place.
 
     frequency [L]: training documents of each label. All of the classifier's ranks call this. Returns the shift, the
-    candidates' P@k before and after it (the documents that it was fitted on: no estimate of what others would gain), and
-    whether it was kept (1 or 0).
+    candidates' P@k and PSP@k before and after it (the documents that it was fitted on: no estimate of what others would gain),
+    and whether it was kept (1 or 0): where their sum does not rise, it is not.
     """
-    count = min(CANDIDATES, classifier.labels)
+    count, settings = min(CANDIDATES, classifier.labels), classifier.config.evaluate
     labels, scores = rank(classifier, tokens, rows, count, _BATCH)
     words = _words_part(classifier, tokens, rows, labels)
     truth = csr(tokens.labels(rows))
     hits = match(labels, *truth)
     shift = fit(scores, words, frequency[labels], hits)
     order = np.argsort(-shift.apply(scores, words, frequency[labels]), axis=1, kind="stable")
-    after = np.take_along_axis(hits, order, 1)
-    kept = classifier.ranks.of_first(ranks_better(hits, after))  # all fold, or none
+    known = max(len(tokens) - len(rows), 1)
+    inverse = inverse_propensity(np.maximum(frequency, 1), known, settings.propensity_a, settings.propensity_b)
+    before, after = (
+        _precisions(np.take_along_axis(labels, places, 1), np.take_along_axis(hits, places, 1), *truth, inverse)
+        for places in (np.broadcast_to(np.arange(count), order.shape), order)
+    )
+    kept = classifier.ranks.of_first(sum(after.values()) > sum(before.values()))  # all fold, or none
     if kept:
         _fold(classifier, shift, frequency)
-    found = {f"{name} {k}": v for name, h in (("before", hits), ("after", after)) for k, v in precision(h).items()}
-    return {**shift._asdict(), **found, "kept": float(kept)}
+    said = {f"{when} {name}": value for when, found in (("before", before), ("after", after)) for name, value in found.items()}
+    return {**shift._asdict(), **said, "kept": float(kept)}
 
 
-def ranks_better(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether documents' mean of P@1, P@3 and P@5 rises by more than CERTAIN standard errors; hits [N, C], best first."""
-    gain = np.mean([after[:, :k].mean(1) - before[:, :k].mean(1) for k in (1, 3, 5)], axis=0)
-    return len(gain) > 1 and bool(gain.mean() > CERTAIN * gain.std(ddof=1) / np.sqrt(len(gain)))
+def _precisions(
+    ranked: np.ndarray, hits: np.ndarray, offsets: np.ndarray, true: np.ndarray, inverse: np.ndarray
+) -> dict[str, float]:
+    """P@k and PSP@k of a ranking, as `metrics.contributions` takes it, in per cent."""
+    values = contributions(ranked, hits, offsets, true, inverse).values()
+    return {name: float(value) for name, value in values.items() if name.startswith(("P@", "PSP@"))}
 
 
 def fit(scores: np.ndarray, words: np.ndarray, frequency: np.ndarray, hits: np.ndarray) -> Shift:
