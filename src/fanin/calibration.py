@@ -9,9 +9,9 @@ factor and a shift for each label, by its frequency alone. Labels rarer than nea
 candidates: the fit knows nothing of them, and its term in 1/n could lift them above all others. Factors and shifts are folded
 into the head: nothing is added at inference. A Gaussian prior holds the fit to "no change" where documents are few.
 
-Labels are left as they were where the documents do not rank better with the fit, counted by P@k and PSP@k alike. What a fit
-moves most are rare labels; where they do not stand in others' way, after several epochs for one, that can cost them much and
-bring nothing.
+Labels are left as they were where the documents do not rank better with the fit, counted by P@5 and PSP@5 together. What a fit
+moves most are rare labels; where they do not stand in others' way, after several epochs for one, that costs them much and brings
+nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fanin.retrieval import rank
 
 CANDIDATES = 20  # labels a document
 PRIOR = 10.0  # precision of the prior on coefficients of covariates of unit variance: 1 for the logit's, 0 for the others
+JUDGES = ("P@5", "PSP@5")  # at 5, where a thousand documents tell most surely
 SELDOM = 0.01  # of the candidates are rarer than what the fit is trusted for
 _BATCH = 256
 _ROWS = 2**16  # of the head, changed together
@@ -78,7 +79,7 @@ def calibrate(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, freque
 
     frequency [L]: training documents of each label. All of the classifier's ranks call this. Returns the shift, the
     candidates' P@k and PSP@k before and after it (the documents that it was fitted on: no estimate of what others would gain),
-    and whether it was kept (1 or 0): where their sum does not rise, it is not.
+    and whether it was kept (1 or 0): where P@5 and PSP@5 together do not rise, it is not.
     """
     count, settings = min(CANDIDATES, classifier.labels), classifier.config.evaluate
     labels, scores = rank(classifier, tokens, rows, count, _BATCH)
@@ -93,7 +94,8 @@ def calibrate(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, freque
         _precisions(np.take_along_axis(labels, places, 1), np.take_along_axis(hits, places, 1), *truth, inverse)
         for places in (np.broadcast_to(np.arange(count), order.shape), order)
     )
-    kept = classifier.ranks.of_first(sum(after.values()) > sum(before.values()))  # all fold, or none
+    better = sum(after[name] - before[name] for name in JUDGES) > 0
+    kept = classifier.ranks.of_first(better)  # all fold, or none
     if kept:
         _fold(classifier, shift, frequency)
     said = {f"{when} {name}": value for when, found in (("before", before), ("after", after)) for name, value in found.items()}
