@@ -10,7 +10,7 @@ candidates: the fit knows nothing of them, and its term in 1/n could lift them a
 into the head: nothing is added at inference. A Gaussian prior holds the fit to "no change" where documents are few.
 
 Labels are left as they were where the documents do not rank better with the fit, counted by P@5 and PSP@5 together. What a fit
-moves most are rare labels; where they do not stand in others' way, after several epochs for one, that costs them much and brings
+moves most are rare labels; where they do not stand in others' way, after several epochs for one, that costs them much for
 nothing.
 """
 
