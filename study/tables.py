@@ -78,8 +78,11 @@ def ends(found: Sequence[Row], methods: Mapping[str, Method], figure: str) -> tu
 
 
 def recovery(row: Row, found: Sequence[Row], methods: Mapping[str, Method], figure: str) -> float | None:
-    """The share of the hole between plain sparse and the best dense that the method closes, in per cent."""
-    hole, value = ends(found, methods, figure), row.mean(figure)
+    """The share of the hole between plain sparse and the best dense, trained for as many steps, that the method closes, in per
+    cent."""
+    steps = row.mean("steps")
+    alike = [other for other in found if None in (steps, other.mean("steps")) or other.mean("steps") == steps]
+    hole, value = ends(alike, methods, figure), row.mean(figure)
     return None if hole is None or value is None else 100 * (value - hole[0]) / (hole[1] - hole[0])
 
 

@@ -133,6 +133,10 @@ def test_recovery_goes_from_the_floor_to_the_best_dense() -> None:
     assert recovery(by_name["good"], found, METHODS, "P@1") == 75
     assert recovery(by_name["dense_start"], found, METHODS, "P@1") == 100
     assert recovery(by_name["good"], found[1:3], METHODS, "P@1") is None  # no floor yet
+    longer = rows([*RECORDS[:1], *RECORDS[3:], record("dense_start", 1, 90.0, steps=4000)], METHODS)
+    by_name = {row.name: row for row in longer}
+    assert recovery(by_name["good"], longer, METHODS, "P@1") == pytest.approx(100 * 15 / 18)  # of 68: 90 took more steps
+    assert recovery(by_name["dense_start"], longer, METHODS, "P@1") is None  # no floor of its budget
 
 
 def test_the_table_has_a_line_a_method_and_names_what_was_not_there() -> None:
