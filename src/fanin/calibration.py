@@ -90,10 +90,8 @@ def calibrate(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, freque
     order = np.argsort(-shift.apply(scores, words, frequency[labels]), axis=1, kind="stable")
     known = max(len(tokens) - len(rows), 1)
     inverse = inverse_propensity(np.maximum(frequency, 1), known, settings.propensity_a, settings.propensity_b)
-    before, after = (
-        _precisions(np.take_along_axis(labels, places, 1), np.take_along_axis(hits, places, 1), *truth, inverse)
-        for places in (np.broadcast_to(np.arange(count), order.shape), order)
-    )
+    ranked = np.take_along_axis(labels, order, 1), np.take_along_axis(hits, order, 1)
+    before, after = (_precisions(*places, *truth, inverse) for places in ((labels, hits), ranked))
     better = sum(after[name] - before[name] for name in JUDGES) > 0
     kept = classifier.ranks.of_first(better)  # all fold, or none
     if kept:

@@ -42,7 +42,7 @@ def measure_all(jobs: Sequence[Job], steps: int, thorough: int, room: int) -> li
                     number = waiting.pop(0)
                     full = number < thorough
                     options = {"steps": steps if full else 1, "thorough": full, "allocator": number == 0}
-                    running[number] = _Child(jobs[number], options, Path(folder) / str(number), together)
+                    running[number] = _Child(jobs[number], options, Path(folder) / str(number))
                 for number in [n for n, child in running.items() if child.process.poll() is not None]:
                     results[number] = running.pop(number).result(room)
                 time.sleep(0.05)
@@ -56,15 +56,13 @@ def measure_all(jobs: Sequence[Job], steps: int, thorough: int, room: int) -> li
 class _Child:
     """A running `python -m fanin.memory measure`."""
 
-    def __init__(self, job: Job, options: dict[str, Any], folder: Path, together: bool) -> None:
+    def __init__(self, job: Job, options: dict[str, Any], folder: Path) -> None:
         self.job, self.folder = job, folder
         folder.mkdir()
         request = options | {"config": dataclasses.asdict(job.config), "labels": job.labels, "tokens": job.tokens}
         request |= {"device": str(job.device), "precision": str(job.precision).removeprefix("torch.")}
         write_json(folder / "request.json", request)
         environment = os.environ | {"TQDM_DISABLE": "1"}
-        if together:
-            environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin would hold up the other child
         command = [sys.executable, "-m", "fanin.memory", "measure", str(folder / "request.json"), str(folder / "result.json")]
         with open(folder / "output", "w", encoding="utf-8") as output:
             self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
@@ -96,7 +94,7 @@ class _Child:
 def process_bytes(job: Job) -> int:
     """What a training process on a CPU holds before anything of `job` is built: measured in one, on a tiny step."""
     with tempfile.TemporaryDirectory() as folder:
-        return _Child(job, {"steps": 0, "thorough": False, "allocator": False}, Path(folder) / "0", False).wait()["baseline"]
+        return _Child(job, {"steps": 0, "thorough": False, "allocator": False}, Path(folder) / "0").wait()["baseline"]
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
