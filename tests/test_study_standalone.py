@@ -86,7 +86,7 @@ def test_runs_leave_the_records_of_the_study(project: Path, capsys: pytest.Captu
     assert again["encoder.tar.xz"] == first["encoder.tar.xz"]
     shutil.rmtree("data")
     shutil.rmtree("encoder")  # all that a run needs was taken along
-    jobs = "tiny:sparse_profiles,sparse_longer,dense_start_int4,sparse_rigl_auxiliary:1 tiny:static_random:2"
+    jobs = "tiny:sparse_profiles,sparse_longer,dense_refitted_int4,sparse_rigl_auxiliary:1 tiny:static_random:2"
     sets = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
     # half the corpus's labels are fewer than the meta-labels of the default: that run fails, and the others do not mind
     code = main(["run", "--data", "taken", "--out", "out", "--work", "work", "--workers", "2", "--jobs", jobs, *sets])
@@ -96,7 +96,7 @@ def test_runs_leave_the_records_of_the_study(project: Path, capsys: pytest.Captu
     assert "clusters.meta_labels: 512 clusters need at least 1024 labels" in said
     found = records(Path("out"))
     assert set(found) == {
-        *[(name, 1) for name in ("sparse_profiles", "sparse_longer", "dense_start", "dense_start_int4")],
+        *[(name, 1) for name in ("sparse_profiles", "sparse_longer", "dense_refitted", "dense_refitted_int4")],
         ("static_random", 2),
     }
     committed = json.loads((ROOT / "benchmarks/results/study-near-intel-r-xeon-r-processor-2-threads.json").read_text())
@@ -108,7 +108,7 @@ def test_runs_leave_the_records_of_the_study(project: Path, capsys: pytest.Captu
     assert set(FIGURES) <= set(record)
     assert record["settings"] == METHODS["sparse_profiles"].settings | {"preset": "tiny"} | SETTINGS | {"seed": 1}
     assert (record["commit"], record["workers"], record["steps"], record["tier"]) == ("c" * 40, 2, 3, "main")
-    assert (record["kind"], found["dense_start_int4", 1]["kind"]) == ("trained", "compressed")
+    assert (record["kind"], found["dense_refitted_int4", 1]["kind"]) == ("trained", "compressed")
     assert "float16" in record["note"]
     assert {"embeddings", "start", "steps", "recoding", "refitting", "calibration", "scoring"} <= set(record["parts"])
     assert sum(record["parts"].values()) == pytest.approx(record["wall_seconds"] + record["prepare_seconds"], abs=1.0)
@@ -146,9 +146,9 @@ def test_runs_share_what_dvc_would_restore() -> None:
 
 def test_jobs_come_in_the_order_that_they_are_named_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    found = jobs_of("near:sparse,dense:2,1 near,relations:dense_start_int8:1 near:sparse:1", METHODS)
+    found = jobs_of("near:sparse,dense:2,1 near,relations:dense_refitted_int8:1 near:sparse:1", METHODS)
     names = ["near sparse, seed 2", "near dense, seed 2", "near sparse, seed 1", "near dense, seed 1"]
-    made = [f"{corpus} {method}, seed 1" for corpus in ("near", "relations") for method in ("dense_start", "dense_start_int8")]
+    made = [f"{corpus} {method}, seed 1" for corpus in ("near", "relations") for method in ("dense_refitted", "dense_refitted_int8")]
     assert [job.name for job in found] == names + made
     for wrong in ("near:sparse", "near:sparse:x", "near:bonsai:1", "nowhere:sparse:1"):
         with pytest.raises(InputError):
