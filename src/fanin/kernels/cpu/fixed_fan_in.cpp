@@ -16,7 +16,7 @@
 #include <limits>
 #include <utility>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -42,9 +42,24 @@ enum Type : int64_t { NONE = 0, FLOAT32 = 1, BFLOAT16 = 2, FLOAT8 = 3, UINT16 = 
 
 inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
 inline void save(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+// A vector that several products share. For AVX2 GCC would read it from memory for each of them, and take a sixth longer.
+inline vf held(vf v) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
 inline vf splat(float s) { return s - vf{}; }
+#if defined(__AVX512F__)  // GCC makes a comparison and a blend of what the others say
+inline vf max(vf a, vf b) { return (vf)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b); }
+inline vf min(vf a, vf b) { return (vf)_mm512_maskz_min_ps(0xFFFF, (__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+inline vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+inline vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 inline vf min(vf a, vf b) { return a < b ? a : b; }
+#endif
 inline float bits_to_float(uint32_t b) { float f; std::memcpy(&f, &b, sizeof f); return f; }
 inline uint32_t float_to_bits(float f) { uint32_t b; std::memcpy(&b, &f, sizeof b); return b; }
 
@@ -112,34 +127,46 @@ inline vf exponential(vf x) {
 }
 
 inline vf reciprocal(vf x) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     vf y = (vf)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)x);
-    return y + y * (1.0f - x * y);  // Newton: a division takes several times as long
+#elif defined(__AVX2__)
+    vf y = (vf)_mm256_rcp_ps((__m256)x);
 #else
     return 1.0f / x;
 #endif
+#ifdef __AVX2__
+    return y + y * (1.0f - x * y);  // Newton: a division takes several times as long
+#endif
 }
 
-#ifdef __AVX512F__
-// To about 1e-7: e^-z = 2^n 2^(j / 32) 2^f with j from a table and |f| <= 1/64, which leaves a polynomial of degree 2.
+#ifdef __AVX2__
+// To about 2e-7: e^-z = 2^n 2^(j / SIZE) 2^f with j from a table that fills registers and |f| <= 1 / (2 SIZE), which leaves a
+// polynomial of degree 2 (32 powers) or 3 (8 powers).
 struct Powers {
-    alignas(64) int32_t bits[32];  // of 2^(j / 32), less what j itself adds to the exponent below
+    static constexpr int SIZE = REGISTERS == 32 ? 32 : 8, SHIFT = REGISTERS == 32 ? 18 : 20;
+    alignas(64) int32_t bits[SIZE];  // of 2^(j / SIZE), less what j itself adds to the exponent below
     Powers() {
-        for (int j = 0; j < 32; j++) bits[j] = int32_t(float_to_bits(float(std::exp2(j / 32.0)))) - (j << 18);
+        for (int j = 0; j < SIZE; j++) bits[j] = int32_t(float_to_bits(float(std::exp2(double(j) / SIZE)))) - (j << SHIFT);
+    }
+    vi operator[](vi j) const {  // of each j its lowest bits
+#ifdef __AVX512F__
+        return (vi)_mm512_permutex2var_epi32(_mm512_load_si512(bits), (__m512i)j, _mm512_load_si512(bits + 16));
+#else
+        return (vi)_mm256_permutevar8x32_epi32(_mm256_load_si256((const __m256i*)bits), (__m256i)j);
+#endif
     }
 };
 const Powers POWERS;
 
 inline vf sigmoid(vf z) {
-    const __m512 magic = _mm512_set1_ps(393216.0f), slope = _mm512_set1_ps(-1.44269504f);  // 1.5 * 2^18: rounds to 1/32
-    __m512 x = _mm512_min_ps(_mm512_max_ps((__m512)z, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(87.0f));
-    __m512 shifted = _mm512_fmadd_ps(x, slope, magic);
-    __m512 f = _mm512_fmsub_ps(x, slope, _mm512_sub_ps(shifted, magic));
-    __m512i j = _mm512_castps_si512(shifted);
-    __m512i table = _mm512_permutex2var_epi32(_mm512_load_si512(POWERS.bits), j, _mm512_load_si512(POWERS.bits + 16));
-    vf power = (vf)_mm512_castsi512_ps(_mm512_add_epi32(table, _mm512_slli_epi32(j, 18)));
-    vf p = (vf)f * 2.40226507e-1f + 6.93147181e-1f;
-    return reciprocal(1.0f + power * (p * (vf)f + 1.0f));
+    const float magic = 1.5f * (1 << Powers::SHIFT), slope = -1.44269504f;  // adding the first rounds to 1 / SIZE
+    vf x = min(max(z, splat(-87.0f)), splat(87.0f));
+    vf shifted = x * slope + magic;
+    vf f = x * slope - (shifted - magic);
+    vf power = (vf)(POWERS[(vi)shifted] + ((vi)shifted << Powers::SHIFT));
+    vf p = Powers::SIZE == 32 ? f * 2.40226507e-1f + 6.93147181e-1f
+                              : (f * 5.55080247e-2f + 2.40254686e-1f) * f + 6.93147181e-1f;
+    return reciprocal(1.0f + power * (p * f + 1.0f));
 }
 #else
 inline vf sigmoid(vf z) { return reciprocal(1.0f + exponential(-z)); }
@@ -462,7 +489,7 @@ void block_logits(
         for (int v = 0; v < W; v++) sum[l][v] = splat(bias ? bias[l] : 0.0f);
     for (int64_t k = 0; k < n; k++)
         for (int v = 0; v < W; v++) {
-            vf row = load(x + int64_t(index[k]) * (NV * LANES) + at + v * LANES);
+            vf row = held(load(x + int64_t(index[k]) * (NV * LANES) + at + v * LANES));
             for (int l = 0; l < N; l++) sum[l][v] += weight[l * stride + k] * row;
         }
     for (int l = 0; l < N; l++)
@@ -477,7 +504,7 @@ void block_weight(const float* turned, const float* g, int64_t apart, int64_t co
         for (int v = 0; v < KV; v++) sum[l][v] = load(dw + l * stride + v * LANES);
     for (int64_t b = 0; b < columns; b++)
         for (int v = 0; v < KV; v++) {
-            vf x = load(turned + b * stride + v * LANES);
+            vf x = held(load(turned + b * stride + v * LANES));
             for (int l = 0; l < N; l++) sum[l][v] = Products::add(sum[l][v], g[l * apart + b], x);
         }
     for (int l = 0; l < N; l++)
@@ -492,7 +519,7 @@ void block_input(float* dx, const int32_t* index, const float* weight, int64_t s
         for (int v = 0; v < W; v++) sum[j][v] = vf{};
     for (int64_t l = 0; l < labels; l++)
         for (int v = 0; v < W; v++) {
-            vf own = load(g + l * PANEL + at + v * LANES);
+            vf own = held(load(g + l * PANEL + at + v * LANES));
             for (int j = 0; j < N; j++) sum[j][v] = Products::add(sum[j][v], weight[l * stride + j], own);
         }
     for (int j = 0; j < N; j++)
