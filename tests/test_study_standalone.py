@@ -148,7 +148,8 @@ def test_jobs_come_in_the_order_that_they_are_named_in(monkeypatch: pytest.Monke
     monkeypatch.chdir(ROOT)
     found = jobs_of("near:sparse,dense:2,1 near,relations:dense_refitted_int8:1 near:sparse:1", METHODS)
     names = ["near sparse, seed 2", "near dense, seed 2", "near sparse, seed 1", "near dense, seed 1"]
-    made = [f"{corpus} {method}, seed 1" for corpus in ("near", "relations") for method in ("dense_refitted", "dense_refitted_int8")]
+    both = ("dense_refitted", "dense_refitted_int8")
+    made = [f"{corpus} {method}, seed 1" for corpus in ("near", "relations") for method in both]
     assert [job.name for job in found] == names + made
     for wrong in ("near:sparse", "near:sparse:x", "near:bonsai:1", "nowhere:sparse:1"):
         with pytest.raises(InputError):

@@ -304,7 +304,7 @@ void encode(void* stored, int64_t type, int64_t at, int64_t n, const float* valu
 
 // Asks for what is read soon: the processor's own prefetching stops at the end of a page.
 inline void fetch(const void* stored, int64_t type, int64_t at, int64_t n) {
-    const int64_t bytes = type == NONE ? 0 : type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1;
+    const int64_t bytes = type == NONE ? 0 : type == FLOAT32 || type == INT32 ? 4 : type == FLOAT8 ? 1 : 2;
     const char* from = static_cast<const char*>(stored) + at * bytes;
     for (int64_t i = 0; i < n * bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
@@ -444,15 +444,18 @@ void single_gradients(
         auto one = [&](int64_t j) {
             int64_t row = int64_t(index[k + j]) * (NV * LANES);
             if (DW) {
-                vf sum = g[0] * load(x + row);
-                for (int v = 1; v < NV; v++) sum += g[v] * load(x + row + v * LANES);
-                sums[j] = sum;
+                vf even = g[0] * load(x + row), odd = {};  // two: one sum would wait for its own last addition
+                for (int v = 1; v < NV; v += 2) odd += g[v] * load(x + row + v * LANES);
+                for (int v = 2; v < NV; v += 2) even += g[v] * load(x + row + v * LANES);
+                sums[j] = even + odd;
             }
-            if (DX && index[k + j] < learnt)
+            if (DX && index[k + j] < learnt) {
+                const vf own = splat(weight[k + j]);  // once: dx might lie where it does, for all that a compiler knows
                 for (int v = 0; v < NV; v++) {
                     float* to = dx + row + v * LANES;
-                    save(to, load(to) + weight[k + j] * g[v]);
+                    save(to, load(to) + own * g[v]);
                 }
+            }
         };
         if (stop == LANES) {
 #pragma GCC unroll 16
@@ -765,13 +768,12 @@ void paired_weight(Scratch& s, const float* x, int64_t members) {
 #endif
 
 // One unit (a label, or a group) on one panel; the rows of s.z are its labels.
-template <int NV>
+template <int NV, bool GROUPED>
 double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t members, float* slice_dx, const Range* positives) {
     const int64_t column = number * PANEL, offset = column * job.features;
     const int64_t width = job.batch - column < NV * LANES ? job.batch - column : NV * LANES;
     const float* x = job.x + offset;
     float* dx = slice_dx ? slice_dx + column * job.learnt : nullptr;
-    const bool grouped = job.group > 1;
     const int32_t* index = job.present ? s.own_index.data() : s.index.data();
     const float* weight = job.present ? s.own_weight.data() : s.weight.data();
     float* dweight = job.present ? s.own_dweight.data() : s.dweight.data();
@@ -785,7 +787,7 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
     } else if (in_bfloat16(job)) {
         paired_logits<NV>(job, s, x, members, job.bias ? job.bias + label : nullptr);
 #endif
-    } else if (grouped) {
+    } else if constexpr (GROUPED) {
         group_logits<NV>(job, s, x, members, job.bias ? job.bias + label : nullptr);
     } else {
         single_logits<NV>(x, index, weight, n, job.bias ? job.bias[label] : 0.0f, s.z.data());
@@ -832,7 +834,7 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
         return loss;
     }
 #endif
-    if (grouped) {
+    if constexpr (GROUPED) {
         if (dw) group_weight<NV>(s, x, members);
         if (dx) group_input<Floats, NV>(job, s, dx, s.weight.data(), s.z.data(), members);
     } else if (dw && dx) {
@@ -873,6 +875,7 @@ void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const 
             const int64_t next = label + members, entries = std::min(end - next, members) * n;
             fetch(job.weight, job.weight_type, next * n, entries);
             fetch(job.momentum, job.momentum_type, next * n, entries);
+            if (next < end) fetch(job.index, job.index_type, next / job.group * n, n);
         }
         for (int64_t l = 0; l < members; l += rows)
             decode(job.weight, job.weight_type, (label + l) * n, rows * n, &s.weight[l * s.stride]);
@@ -898,10 +901,14 @@ void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const 
         for (int64_t p = 0; p < panels; p++) {
             const int64_t lines = (padded - p * PANEL) / LINE;
             constexpr int NV = LINE / LANES;  // of a line
-            if (lines >= 4) loss += panel<4 * NV>(job, s, p, label, members, dx, positives.data());
-            else if (lines == 3) loss += panel<3 * NV>(job, s, p, label, members, dx, positives.data());
-            else if (lines == 2) loss += panel<2 * NV>(job, s, p, label, members, dx, positives.data());
-            else loss += panel<NV>(job, s, p, label, members, dx, positives.data());
+            auto whole = [&](auto nv) {
+                if (job.group > 1) loss += panel<nv, true>(job, s, p, label, members, dx, positives.data());
+                else loss += panel<nv, false>(job, s, p, label, members, dx, positives.data());
+            };
+            if (lines >= 4) whole(std::integral_constant<int, 4 * NV>());
+            else if (lines == 3) whole(std::integral_constant<int, 3 * NV>());
+            else if (lines == 2) whole(std::integral_constant<int, 2 * NV>());
+            else whole(std::integral_constant<int, NV>());
         }
         for (int64_t k = 0; job.present && k < s.own; k++) s.dweight[s.place[k]] = s.own_dweight[k];
         if (job.mode == CANDIDATES) choose_candidates(job, s, members, job.candidates + label / job.group * job.count);
