@@ -28,6 +28,7 @@ def models(tmp_path: Path) -> Path:
     config.encoder.name = str(tiny_encoder_folder(tmp_path))
     config.tokens.max_length = 32
     config.head.kind, config.head.intermediate = "dense", 0
+    config.head.lexical, config.head.profiles = 8, 64  # as params.yaml has them: a dense head has no words
     config.train.device, config.train.precision = "cpu", "fp32"
     pq.write_table(pa.table({"id": range(LABELS), "text": [str(i) for i in range(LABELS)]}), tmp_path / "labels.parquet")
     classifier = Classifier.build(config, LABELS)
