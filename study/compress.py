@@ -74,7 +74,8 @@ def compress(models: Path, settings: Mapping[str, Any]) -> dict[str, int]:
         raise InputError(f"{models}: holds a {description['config']['head']['kind']} head; only a dense one is compressed")
     if settings["compress"] == "prune":
         state["weight"], state["index"] = prune(weight, settings["K"])
-        description["config"]["head"] |= {"kind": "fixed_fan_in", "fan_in": settings["K"], "group": 1, "lexical": 0, "profiles": 0}
+        sparse = {"kind": "fixed_fan_in", "fan_in": settings["K"], "group": 1, "lexical": 0, "profiles": 0}
+        description["config"]["head"] |= sparse
         stored = {"weights": _bytes(state["weight"]), "indices": _bytes(state["index"])}
     else:
         bits = settings["bits"]
