@@ -4,7 +4,8 @@ Both work label by label on the trained weights, with the encoder and the bias a
 each label (magnitude pruning, Han et al., NeurIPS 2015) and is stored as a fixed fan-in head. Quantisation is round-to-nearest,
 symmetric, with one bfloat16 scale for every 64 weights of a label; the scale is the one of a few candidates, each clipping
 a little more, that has the least squared error. The quantised weights are ranked with as the numbers that they stand for;
-`head_mib` is what they take as stored.
+`head_mib` is what they take as stored. A sparse head's weights, and those of its profiles, can be quantised too: a row is
+then one block, and its indices stay.
 """
 
 from __future__ import annotations
@@ -66,22 +67,32 @@ def evaluated(method: Method, config: Config, models: Path, tokens: Path, corpus
 
 
 def compress(models: Path, settings: Mapping[str, Any]) -> dict[str, int]:
-    """Rewrite the dense head in a model folder; returns the bytes of weights, indices and bias as they would be stored."""
+    """Rewrite the head in a model folder; returns the bytes of weights, indices and bias as they would be stored.
+
+    Raises InputError for a head that is not dense (to prune), or not dense or fixed_fan_in in float32 (to quantise).
+    """
     state = load_file(models / "head.safetensors")
     description = read_json(models / "fanin.json")
-    weight = state["weight"]
-    if description["config"]["head"]["kind"] != "dense":
-        raise InputError(f"{models}: holds a {description['config']['head']['kind']} head; only a dense one is compressed")
+    weight, kind = state["weight"], description["config"]["head"]["kind"]
+    can = ("dense",) if settings["compress"] == "prune" else ("dense", "fixed_fan_in")
+    if kind not in can or weight.dtype != torch.float32:
+        held = f"a {kind} head in {str(weight.dtype).removeprefix('torch.')}"
+        raise InputError(f"{models}: holds {held}; {settings['compress']} takes {' or '.join(can)} in float32")
     if settings["compress"] == "prune":
         state["weight"], state["index"] = prune(weight, settings["K"])
         sparse = {"kind": "fixed_fan_in", "fan_in": settings["K"], "group": 1, "lexical": 0, "profiles": 0}
         description["config"]["head"] |= sparse
         stored = {"weights": _bytes(state["weight"]), "indices": _bytes(state["index"])}
     else:
-        bits = settings["bits"]
-        state["weight"] = quantise(weight, bits)
-        scales = weight.shape[0] * -(-weight.shape[1] // BLOCK)
-        stored = {"weights": -(-weight.numel() * bits // 8) + 2 * scales, "indices": 0}
+        bits, stored = settings["bits"], {"weights": 0, "indices": 0}
+        for name in ("", "lexical.profiles."):
+            if f"{name}weight" in state:
+                old = state[f"{name}weight"]
+                state[f"{name}weight"] = quantise(old, bits)
+                scales = old.shape[0] * -(-old.shape[1] // BLOCK)
+                stored["weights"] += -(-old.numel() * bits // 8) + 2 * scales
+            if f"{name}index" in state:
+                stored["indices"] += _bytes(state[f"{name}index"])
     save_file(state, models / "head.safetensors")
     write_json(models / "fanin.json", description)
     return stored | {"bias": _bytes(state["bias"])}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fanin.config import Config
 from fanin.files import InputError
@@ -101,7 +101,38 @@ def test_a_quantised_model_ranks_with_the_numbers_it_stands_for(models: Path) ->
     torch.testing.assert_close(after, before, rtol=0.05, atol=0.1)
 
 
-def test_only_a_dense_head_is_compressed(models: Path) -> None:
+def test_a_sparse_head_is_quantised_with_its_indices_as_they_are(models: Path) -> None:
     compress(models, {"compress": "prune", "K": 8})
-    with pytest.raises(InputError, match="holds a fixed_fan_in head"):
+    before, old = logits(models), load_file(models / "head.safetensors")
+    stored = compress(models, {"compress": "quantise", "bits": 8})
+    assert stored == {"weights": LABELS * (8 + 2), "indices": 2 * LABELS * 8, "bias": 4 * LABELS}
+    state = load_file(models / "head.safetensors")
+    assert torch.equal(state["index"].view(torch.int16), old["index"].view(torch.int16))
+    assert torch.equal(state["weight"], quantise(old["weight"], 8))
+    after = logits(models)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, before, rtol=0.05, atol=0.1)
+
+
+def test_profiles_are_quantised_with_the_head(models: Path) -> None:
+    state, rows = load_file(models / "head.safetensors"), torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    extra = {"lexical.profiles.weight": rows, "lexical.profiles.index": torch.zeros(5, 64, dtype=torch.int32)}
+    save_file(state | extra, models / "head.safetensors")
+    stored = compress(models, {"compress": "quantise", "bits": 4})
+    assert stored["weights"] == LABELS * (WIDTH // 2 + 2) + 5 * (64 // 2 + 2)
+    assert stored["indices"] == 4 * 5 * 64
+    found = load_file(models / "head.safetensors")["lexical.profiles.weight"]
+    assert torch.equal(found, quantise(rows, 4))
+    assert not torch.equal(found, rows)
+
+
+def test_what_cannot_be_compressed_is_refused_as_it_is(models: Path) -> None:
+    compress(models, {"compress": "prune", "K": 8})
+    before = (models / "head.safetensors").read_bytes()
+    with pytest.raises(InputError, match="holds a fixed_fan_in head in float32; prune takes dense in float32"):
+        compress(models, {"compress": "prune", "K": 4})
+    assert (models / "head.safetensors").read_bytes() == before
+    state = load_file(models / "head.safetensors")
+    save_file(state | {"weight": state["weight"].bfloat16()}, models / "head.safetensors")
+    with pytest.raises(InputError, match="in bfloat16; quantise takes dense or fixed_fan_in in float32"):
         compress(models, {"compress": "quantise", "bits": 4})
