@@ -127,23 +127,23 @@ inline vf exponential(vf x) {
 }
 
 inline vf reciprocal(vf x) {
-#if defined(__AVX512F__)
+#ifdef __AVX2__
+#ifdef __AVX512F__
     vf y = (vf)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)x);
-#elif defined(__AVX2__)
+#else
     vf y = (vf)_mm256_rcp_ps((__m256)x);
+#endif
+    return y + y * (1.0f - x * y);  // Newton: a division takes several times as long
 #else
     return 1.0f / x;
-#endif
-#ifdef __AVX2__
-    return y + y * (1.0f - x * y);  // Newton: a division takes several times as long
 #endif
 }
 
 #ifdef __AVX2__
 // To about 2e-7: e^-z = 2^n 2^(j / SIZE) 2^f with j from a table that fills registers and |f| <= 1 / (2 SIZE), which leaves a
-// polynomial of degree 2 (32 powers) or 3 (8 powers).
+// polynomial of degree 2 (32 powers, in two registers) or 3 (8 powers, in one).
 struct Powers {
-    static constexpr int SIZE = REGISTERS == 32 ? 32 : 8, SHIFT = REGISTERS == 32 ? 18 : 20;
+    static constexpr int SIZE = LANES == 16 ? 32 : 8, SHIFT = LANES == 16 ? 18 : 20;  // 2^23 / SIZE = 2^SHIFT
     alignas(64) int32_t bits[SIZE];  // of 2^(j / SIZE), less what j itself adds to the exponent below
     Powers() {
         for (int j = 0; j < SIZE; j++) bits[j] = int32_t(float_to_bits(float(std::exp2(double(j) / SIZE)))) - (j << SHIFT);
