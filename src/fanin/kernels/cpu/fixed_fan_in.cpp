@@ -928,6 +928,31 @@ int64_t end_of_slice(const Job& job, int64_t slice) {
     return end < job.labels ? end : job.labels;
 }
 
+inline float product_added(float one, float other, float sum) {
+#if defined(__x86_64__) && !defined(__FMA__)
+    return sum + one * other;  // rounded twice, as fanin_run has to
+#else
+    return std::fma(one, other, sum);
+#endif
+}
+
+// Logits of N labels for one document, from their biases in z, in the order of fanin_run: a label has two sums for G = 1, one in
+// a group. `apart` is from one label's index to the next one's, 0 in a group. N labels side by side: a sum waits for its last addition.
+template <int N, int CHAINS>
+void pick_labels(const float* own, const float* weight, const int32_t* index, int64_t apart, int64_t n, float* z) {
+    float sum[N][CHAINS] = {};
+    for (int l = 0; l < N; l++) sum[l][0] = z[l];
+    int64_t k = 0;
+    for (; k + CHAINS <= n; k += CHAINS)
+        for (int l = 0; l < N; l++)
+            for (int c = 0; c < CHAINS; c++)
+                sum[l][c] = product_added(weight[l * n + k + c], own[index[l * apart + k + c]], sum[l][c]);
+    for (int l = 0; l < N; l++) {
+        if (k < n) sum[l][0] = product_added(weight[l * n + k], own[index[l * apart + k]], sum[l][0]);
+        z[l] = CHAINS == 2 ? sum[l][0] + sum[l][1] : sum[l][0];
+    }
+}
+
 }  // namespace
 
 extern "C" int64_t fanin_bfloat16_units() {
@@ -960,33 +985,39 @@ extern "C" void fanin_run(const Job* given) {
 // scores [B][count * tile]; -inf beyond the last label.
 extern "C" void fanin_pick(const Job* given, const float* x, const int64_t* tiles, int64_t count, float* scores) {
     const Job& job = *given;
+    const int64_t n = job.fan_in;
 #pragma omp parallel num_threads(job.threads)
     {
-        Scratch s(job);
+        Lines weight;  // of a tile, decoded
+        weight.assign(job.tile * n, 0.0f);
+        std::vector<int32_t> index(job.tile / job.group * n);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t document = 0; document < job.batch; document++)
-            for (int64_t t = 0; t < count; t++) {
+            for (int64_t t = document * count; t < (document + 1) * count; t++) {
                 const float* own = x + document * job.features;
-                float* to = scores + (document * count + t) * job.tile;
-                for (int64_t i = 0; i < job.tile; i++) {
-                    const int64_t label = tiles[document * count + t] * job.tile + i, n = job.fan_in;
-                    if (label >= job.labels) {
-                        to[i] = -std::numeric_limits<float>::infinity();
-                        continue;
-                    }
-                    if (label % job.group == 0) indices(job.index, job.index_type, label / job.group * n, n, s.index.data());
-                    decode(job.weight, job.weight_type, label * n, n, s.weight.data());
-                    float even = job.bias ? job.bias[label] : 0.0f, odd = 0;
-                    const int64_t chains = job.group > 1 ? 1 : 2;
-                    for (int64_t k = 0; k < n; k++) {
-                        float& sum = k % chains ? odd : even;
-#if defined(__x86_64__) && !defined(__FMA__)
-                        sum += s.weight[k] * own[s.index[k]];  // rounded twice, as fanin_run has to
-#else
-                        sum = std::fma(s.weight[k], own[s.index[k]], sum);
-#endif
-                    }
-                    to[i] = job.group > 1 ? even : even + odd;
+                float* to = scores + t * job.tile;
+                const int64_t first = tiles[t] * job.tile, labels = std::min(job.tile, job.labels - first);
+                const int64_t units = (labels + job.group - 1) / job.group;
+                if (t + 1 < (document + 1) * count) {
+                    const int64_t next = tiles[t + 1] * job.tile, some = std::min(job.tile, job.labels - next);
+                    fetch(job.weight, job.weight_type, next * n, some * n);
+                    fetch(job.index, job.index_type, next / job.group * n, (some + job.group - 1) / job.group * n);
+                }
+                decode(job.weight, job.weight_type, first * n, labels * n, weight.data());
+                indices(job.index, job.index_type, first / job.group * n, units * n, index.data());
+                for (int64_t l = 0; l < labels; l++) to[l] = job.bias ? job.bias[first + l] : 0.0f;
+                std::fill(to + labels, to + job.tile, -std::numeric_limits<float>::infinity());
+                if (job.group == 1) {
+                    int64_t l = 0;
+                    for (; l + 4 <= labels; l += 4) pick_labels<4, 2>(own, &weight[l * n], &index[l * n], n, n, to + l);
+                    for (; l < labels; l++) pick_labels<1, 2>(own, &weight[l * n], &index[l * n], n, n, to + l);
+                    continue;
+                }
+                for (int64_t u = 0; u < units; u++) {
+                    const int64_t end = std::min((u + 1) * job.group, labels);
+                    int64_t l = u * job.group;
+                    for (; l + 8 <= end; l += 8) pick_labels<8, 1>(own, &weight[l * n], &index[u * n], 0, n, to + l);
+                    for (; l < end; l++) pick_labels<1, 1>(own, &weight[l * n], &index[u * n], 0, n, to + l);
                 }
             }
     }
