@@ -88,6 +88,7 @@ def shared_tasks(name: str, config: Config, corpus: Path, work: Path) -> dict[st
 
 def perform(task: Task) -> dict[str, Any]:
     """Do it, in this process; returns figures. The folder of a task that failed is gone."""
+    shutil.rmtree(task.folder, ignore_errors=True)  # of a run that was killed
     try:
         return _KINDS[task.kind](task)
     except BaseException:

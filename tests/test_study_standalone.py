@@ -21,7 +21,7 @@ import pytest
 from fanin.config import Config
 from fanin.files import InputError
 from study import pool as pools
-from study import standalone
+from study import standalone, tasks
 from study.corpora import CORPORA
 from study.methods import load_methods
 from study.pool import Pool
@@ -210,11 +210,11 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pool:
 
 
 def test_tasks_wait_for_what_they_need_and_a_failure_takes_only_those_along(pool: Pool) -> None:
-    tasks = [task("one", {"start": "shared"}), task("shared"), task("bad"), task("after", {"start": "bad"}), task("last")]
+    wanted = [task("one", {"start": "shared"}), task("shared"), task("bad"), task("after", {"start": "bad"}), task("last")]
     done: list[str] = []
     failed: dict[str, str] = {}
     left = pool.run(
-        tasks,
+        wanted,
         time.monotonic() + 60,
         lambda task: 0.0,
         lambda task, result, seconds: done.append(result["name"]),
@@ -227,10 +227,10 @@ def test_tasks_wait_for_what_they_need_and_a_failure_takes_only_those_along(pool
 
 
 def test_nothing_runs_past_the_budget(pool: Pool) -> None:
-    tasks = [task("long"), task("hangs"), task("short")]
+    wanted = [task("long"), task("hangs"), task("short")]
     done: list[str] = []
     left = pool.run(
-        tasks,
+        wanted,
         time.monotonic() + 0.3,
         lambda task: 9.0 if task.name == "long" else 0.1,
         lambda task, result, seconds: done.append(result["name"]),
@@ -238,6 +238,20 @@ def test_nothing_runs_past_the_budget(pool: Pool) -> None:
     )
     assert done == ["short"]  # long would not have ended in time, and hangs did not
     assert [task.name for task in left] == ["hangs", "long"]
+
+
+def test_what_a_killed_run_left_is_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(task: Task) -> dict[str, Any]:
+        task.folder.mkdir(parents=True)
+        return {"name": task.name}
+
+    monkeypatch.setitem(tasks._KINDS, "train", train)
+    monkeypatch.chdir(tmp_path)
+    left = Path("work/one/clusters/order.npy")
+    left.parent.mkdir(parents=True)
+    left.touch()
+    assert tasks.perform(task("one")) == {"name": "one"}
+    assert not left.exists()
 
 
 def test_a_killed_study_takes_its_workers_along(tmp_path: Path) -> None:
