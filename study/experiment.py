@@ -118,7 +118,13 @@ def _json(revision: str, path: str) -> Any:
 
 
 def fetch(revision: str, path: str, target: Path) -> None:
-    """A folder that an experiment left, such as its model, from DVC's cache, as `target`."""
+    """A folder that an experiment left, such as its model, from DVC's cache, as `target`. Raises InputError if it is gone."""
     from dvc.api import DVCFileSystem
+    from dvc_data.index import DataIndexError
 
-    DVCFileSystem(".", rev=revision).get(path, str(target), recursive=True)
+    try:
+        DVCFileSystem(".", rev=revision).get(path, str(target), recursive=True)
+    except (OSError, DataIndexError) as error:
+        raise InputError(
+            f"{path} of experiment {revision[:12]} is no longer in DVC's cache ({error}); remove its record, and it runs again"
+        ) from error

@@ -72,11 +72,14 @@ class Records:
         write_json(self.path, self.all)
 
     def seconds(self, method: str, kind: str) -> float:
-        """How long a run of this method may take: the longest of its own, else of its kind, else of all; 0: nobody knows."""
-        own, like = (
-            [r["wall_seconds"] for r in self.all if r[key] == value] for key, value in (("method", method), ("kind", kind))
-        )
-        return max(own or like or [r["wall_seconds"] for r in self.all], default=0.0)
+        """How long a run of this method may take: the longest of its own, else of its kind, else of all; 0: nobody knows.
+
+        Records of 0 s (a rival that could not be had, an experiment that was there already) tell nothing.
+        """
+        told = [r for r in self.all if r["wall_seconds"] > 1]
+        asked = (("method", method), ("kind", kind))
+        own, like = ([r["wall_seconds"] for r in told if r[key] == value] for key, value in asked)
+        return max(own or like or [r["wall_seconds"] for r in told], default=0.0)
 
 
 def quality(evaluation: Mapping[str, Any]) -> dict[str, Any]:

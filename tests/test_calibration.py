@@ -200,7 +200,11 @@ def test_a_shift_is_kept_only_where_documents_rank_better(monkeypatch, right):
     monkeypatch.setattr(calibration, "fit", lambda *given: shift)
     weight, bias = own.head.weight.clone(), own.head.bias.clone()
 
-    found = calibrate(own, tokens, np.arange(DOCUMENTS // 4), frequency)
+    few = calibrate(own, tokens, np.arange(calibration.FEWEST - 1), frequency)
+    assert few["kept"] == 0
+    assert torch.equal(own.head.bias, bias)
+
+    found = calibrate(own, tokens, np.arange(calibration.FEWEST), frequency)
 
     assert found["kept"] == (right == "afterwards")
     assert torch.equal(own.head.bias, bias) == (right != "afterwards")

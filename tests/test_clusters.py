@@ -156,20 +156,26 @@ def test_identical_points_still_divide():
     assert sorted(order_by_tree(points, cuts(200, 8), seed=0).tolist()) == list(range(200))
 
 
-def test_too_many_clusters_is_an_error_that_says_how_many_can_be(tmp_path):
+def test_more_clusters_than_labels_can_fill_become_half_as_many_as_labels(tmp_path, capsys):
     tokens, embedded, _, _ = random_corpus(tmp_path)
-    with pytest.raises(InputError, match=r"clusters\.meta_labels: 31 .*set clusters\.meta_labels to 30 or lower"):
-        build_clusters(settings(31), tokens, embedded, tmp_path / "clusters")
-    assert not (tmp_path / "clusters").exists()
+    assert build_clusters(settings(512), tokens, embedded, tmp_path / "clusters")["meta_labels"] == 30
+    assert "512 clusters need twice as many labels; the corpus has 60, so 30 are made" in capsys.readouterr().err
+    build_clusters(settings(30), tokens, embedded, tmp_path / "asked")
+    assert not capsys.readouterr().err
+    for name in ("meta.npy", "order.npy"):
+        assert (np.load(tmp_path / "clusters" / name) == np.load(tmp_path / "asked" / name)).all()
 
 
-def test_three_labels_are_too_few(tmp_path):
+@pytest.mark.parametrize("labels", [1, 2, 3])
+def test_one_to_three_labels_are_one_cluster(tmp_path, labels):
     vectors = np.eye(8, dtype=np.float16)
+    of_documents = [[document % labels] for document in range(6)]
     tokens, embedded = write_corpus(
-        tmp_path, [[0], [1], [2]] * 2, vectors[:6], documents=np.arange(5), validation=np.array([5]), label_count=3
+        tmp_path, of_documents, vectors[:6], documents=np.arange(5), validation=np.array([5]), label_count=labels
     )
-    with pytest.raises(InputError, match="too few to cluster"):
-        build_clusters(settings(2), tokens, embedded, tmp_path / "clusters")
+    assert build_clusters(settings(2), tokens, embedded, tmp_path / "clusters")["meta_labels"] == 1
+    assert np.load(tmp_path / "clusters/meta.npy").tolist() == [0] * labels
+    assert sorted(np.load(tmp_path / "clusters/order.npy").tolist()) == list(range(labels))
 
 
 def _break_shape(folder: Path) -> None:

@@ -57,6 +57,21 @@ def test_training_is_as_long_as_the_settings_say(settings, batches, steps):
 
 
 @pytest.mark.parametrize(
+    ("settings", "documents", "held_out"),
+    [
+        ({}, 72_912, 1000),
+        ({}, 1300, 325),
+        ({}, 3, 0),
+        ({"validation_documents": 40}, 161, 40),
+        ({"validation_documents": 40}, 159, 39),
+        ({"validation_documents": 0}, 9999, 0),
+    ],
+)
+def test_no_more_than_a_quarter_is_held_out(settings, documents, held_out):
+    assert Train(**settings).held_out(documents) == held_out
+
+
+@pytest.mark.parametrize(
     ("params", "message"),
     [
         ("head: {fanin: 3}", r"params.yaml: head.fanin is not a setting; the settings there are: kind, fan_in"),

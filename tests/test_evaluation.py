@@ -148,6 +148,17 @@ def test_evaluation_json_holds_splits_intervals_and_buckets_that_fit_together(pr
     assert rows[0]["bucket"] == "0"
 
 
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "bfloat16"), ("cuda", "float32")])
+def test_the_precision_is_that_of_training_where_the_device_is(project, device, precision):
+    root, config = project
+    path = root / "models/fanin.json"
+    description = read(path)
+    assert (description["device"], description["precision"]) == ("cpu", "float32")
+    write_json(path, description | {"device": device, "precision": "bfloat16"})
+    run(root, config)
+    assert read(root / "reports/evaluation.json")["precision"] == precision
+
+
 def test_repeated_evaluations_agree_whatever_the_seed(project):
     root, config = project
     run(root, config)

@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 from fanin import checkpoint as checkpoint_module
+from fanin import trainer as trainer_module
+from fanin import training as training_module
 from fanin.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from fanin.config import Config
 from fanin.faults import finite, sole_run
@@ -137,9 +139,55 @@ def test_a_checkpoint_takes_no_second_copy_in_memory(tmp_path):
 
 
 def test_the_newest_two_are_kept(tmp_path):
-    for step in (5, 10, 100, 99):
+    for step in (5, 10, 99, 100):
         save_checkpoint(tmp_path, step, {"a": torch.ones(1)}, {})
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000000099", "step-000000100"]
+
+
+def test_what_another_training_left_gives_way_to_later_checkpoints(tmp_path):
+    """A run that goes on has removed what is newer than its checkpoint: such ones are of a training with other settings."""
+    left = []
+    for step in (30, 40, 5, 35, 36):
+        save_checkpoint(tmp_path, step, {"a": torch.ones(1)}, {})
+        left.append([int(path.name[-2:]) for path in list_checkpoints(tmp_path)])
+    assert left == [[30], [30, 40], [5], [5, 35], [35, 36]]
+
+
+def test_other_settings_start_anew_and_say_so_and_setting_them_back_goes_on(folder, capsys):
+    path, config = folder
+    assert [p.name[-2:] for p in break_off(path, config, "changed", 22)] == ["15", "20"]
+    other = copy.deepcopy(config)
+    other.train.encoder_lr *= 2
+    with pytest.raises(Crash):
+        train_in(path, other, "changed", crash_at(3))
+    said = capsys.readouterr().err
+    assert "step-000000020 is of a training with other settings or inputs: training starts from the beginning" in said
+    watched = copy.deepcopy(config)
+    watched.train.validate_every = 3 * config.train.validate_every  # what is only looked at may change
+    assert [p.name[-2:] for p in break_off(path, watched, "changed", 23)] == ["15", "20"]
+    assert "resuming at step 20 of 40\n" in capsys.readouterr().err
+    assert [p.name[-2:] for p in break_off(path, other, "changed", 7)] == ["05"]
+
+
+def test_resuming_with_other_sources_says_so(folder, monkeypatch, capsys):
+    path, config = folder
+    break_off(path, config, "sources", 12)
+    monkeypatch.setattr(trainer_module, "sources_digest", lambda: "other")
+    assert train_in(path, config, "sources")["resumed_from"] == 10
+    assert "resuming at step 10 of 40; warning: fanin's sources have changed since" in capsys.readouterr().err
+
+
+def test_an_encoder_that_recoding_can_make_nothing_of_is_said_to_be_that(folder, monkeypatch):
+    path, config = folder
+    config = copy.deepcopy(config)
+    config.rewiring.recode_at = 0.5
+
+    def fail(*given):
+        raise InputError("the embeddings do not differ")
+
+    monkeypatch.setattr(training_module, "recode_now", fail)
+    with pytest.raises(InputError, match=r"step 20: rows cannot be coded .* do not differ; .*lower train\.encoder_lr"):
+        train_in(path, config, "collapsed")
 
 
 # damage -----------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,19 @@ def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path, directory, error
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path):
+    def fail() -> None:
+        with atomic_path(tmp_path / "out", directory=True) as path:
+            path.rmdir()
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/x").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        fail()
+    assert (tmp_path / "out/x").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize(
     ("number", "words"),
     [

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fanin import refitting
 from fanin.data.tokens import TokenSet
 from fanin.model import Classifier
 from fanin.refitting import refit
@@ -71,6 +72,19 @@ def test_the_head_learns_words(project):
     assert right(classifier, tokens, embeddings) < 0.2
     refit(classifier, tokens, ROWS, embeddings, 20)
     assert right(classifier, tokens, embeddings) > 0.6
+
+
+def test_a_warm_up_takes_a_tenth_of_its_steps_at_most(project, monkeypatch):
+    classifier, tokens = build(project)
+    monkeypatch.setattr(classifier.config.train, "warmup", 50)
+    asked = []
+    monkeypatch.setattr(refitting, "warmup_cosine", lambda *given: asked.append(given) or 1.0)
+    embeddings = np.ones((len(ROWS), classifier.encoder.width), np.float16)
+    for epochs in (1, 3, 60):
+        refit(classifier, tokens, ROWS, embeddings, epochs)
+    assert asked[:10] == [(step, 1, 10) for step in range(10)]
+    assert asked[10] == (0, 3, 30)
+    assert asked[40] == (0, 50, 600)
 
 
 def test_it_repeats_bit_for_bit_and_no_epoch_is_no_change(project):

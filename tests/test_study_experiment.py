@@ -108,6 +108,9 @@ def test_an_experiment_becomes_a_record_once(repository: Path) -> None:
     assert experiment.find(record["experiment"]) == before
     experiment.fetch(before, "models", repository / "fetched")
     assert (repository / "fetched/head.txt").read_text() == "raw data" * 2**17
+    shutil.rmtree(repository / ".dvc/cache")
+    with pytest.raises(InputError, match=r"models of experiment .* is no longer in DVC's cache"):
+        experiment.fetch(before, "models", repository / "again")
     with pytest.raises(InputError, match=r"seed 1: dvc ended with exit code \d+; the whole of it is in (?s:.*)unlucky"):
         experiment.run(METHOD, CORPUS, 1, "ffff", {"head.fan_in": 13})
 

@@ -111,8 +111,10 @@ def test_a_record_replaces_the_one_of_the_same_method_and_seed(tmp_path: Path, m
     assert found.seconds("plain", "trained") == 500  # of its kind
     assert found.seconds("bonsai", "rival") == 500  # of all
     assert Records(tmp_path / "none.json").seconds("good", "trained") == 0
+    Records(path).add(record("dense", 1, 3.0, wall_seconds=0.0))  # it had run before
+    assert Records(path).seconds("dense", "trained") == 500
     other.add(record("plain", 1, 4.0))
-    assert [r["P@1"] for r in Records(path).all] == [2.0, 3.0, 4.0]
+    assert [r["P@1"] for r in Records(path).all] == [3.0, 2.0, 3.0, 4.0]
 
 
 def test_sizes_count_the_bias_and_compare_with_dense_of_the_same_type() -> None:

@@ -55,7 +55,7 @@ def save_checkpoint(
     places: Mapping[str, tuple[int, int]] | None = None,
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Write `folder`/step-<step>, forced to disk, then remove all but the newest two.
+    """Write `folder`/step-<step>, forced to disk, then remove all but it and the one before it.
 
     places: of the tensors that are a rank's part of a whole, the first row's number and the whole's rows; `folder` is then
     on a disk that all ranks see. The tensors are streamed: at most 16 MiB are held beside them. Raises InputError where the
@@ -81,7 +81,9 @@ def save_checkpoint(
     if not ranks.leads:
         return path
     sync_folder(folder)
-    for old in list_checkpoints(folder)[:-_KEPT]:
+    found = list_checkpoints(folder)
+    place = found.index(path) + 1  # what is newer is another training's
+    for old in (*found[: max(place - _KEPT, 0)], *found[place:]):
         shutil.rmtree(old, ignore_errors=True)
     return path
 
@@ -149,14 +151,17 @@ def resume(folder: Path, fingerprint: str, restore: Callable[[Checkpoint], None]
 
     One that is damaged, also where only `restore` finds out, is reported on stderr and the one before it is used; it must
     therefore overwrite all that it has touched before. What is newer than the one in use is removed, and what a killed writer
-    left. All ranks take up the same one. Raises InputError, removing nothing, where all that there is is damaged.
+    left. Another run's are reported and stay until this one's take their place. All ranks take up the same one. Raises
+    InputError, removing nothing, where all that there is is damaged.
     """
     damaged: list[Exception] = []
+    others: list[Path] = []
     for path in ranks.of_first(list(reversed(list_checkpoints(folder)))):
         try:
             with ranks.agreed(Damaged):
                 checkpoint = Checkpoint(path, ranks)
             if checkpoint.state["fingerprint"] != fingerprint:
+                others.append(path)
                 continue
             restore(checkpoint)
         except Damaged as error:
@@ -169,6 +174,14 @@ def resume(folder: Path, fingerprint: str, restore: Callable[[Checkpoint], None]
         return checkpoint
     if damaged:
         raise InputError(f"{folder}: no whole checkpoint is left ({damaged[0]}); remove the folder to start from the beginning")
+    if ranks.leads:
+        _remove([], folder)
+        if others:
+            print(
+                f"warning: {others[0]} is of a training with other settings or inputs: training starts from the beginning, and "
+                "its own checkpoints take that one's place; to go on from it stop now and set back what was changed",
+                file=sys.stderr,
+            )
     return None
 
 
@@ -184,7 +197,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def last_good(folder: Path) -> str:
-    """In words, for an error: which checkpoint a run can go on from."""
+    """In words, for an error: which checkpoint a run with the same settings can go on from."""
     found = list_checkpoints(folder)
     return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written yet"
 

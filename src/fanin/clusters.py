@@ -8,6 +8,7 @@ highest power of two, so that aligned runs of 8, 16, ... 128 places are whole su
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -31,18 +32,14 @@ def build_clusters(config: Config, tokens_folder: str | Path, embeddings_folder:
     """Write meta.npy [L] int32, order.npy [L] int32 and clusters.json to `out`; return clusters.json's content.
 
     Labels without an embedded document have no centroid: they come last in the order, by id, and fill the last clusters.
-    Raises InputError where the labels are too few for clusters.meta_labels or the inputs do not fit together.
+    Of fewer labels than twice clusters.meta_labels half as many clusters as labels are made. Raises InputError where the
+    inputs do not fit together.
     """
     source = load_label_documents(tokens_folder, embeddings_folder)
-    clusters = config.clusters.meta_labels
-    if clusters * 2 > source.labels:
-        found = f"{tokens_folder}: the corpus has {source.labels} labels"
-        if source.labels < 4:
-            raise InputError(f"{found}, too few to cluster; it needs at least 4")
-        raise InputError(
-            f"clusters.meta_labels: {clusters} clusters need at least {clusters * 2} labels; {found}, "
-            f"so set clusters.meta_labels to {source.labels // 2} or lower"
-        )
+    clusters = min(config.clusters.meta_labels, max(source.labels // 2, 1))
+    if clusters < config.clusters.meta_labels:
+        wanted = f"clusters.meta_labels: {config.clusters.meta_labels} clusters need twice as many labels"
+        print(f"{wanted}; the corpus has {source.labels}, so {clusters} are made", file=sys.stderr)
     covered = np.flatnonzero(source.counts)
     if not len(covered):
         raise InputError(f"{embeddings_folder}: no label has an embedded document; raise encoder.embed_documents")

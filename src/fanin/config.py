@@ -118,8 +118,12 @@ class Train:
     processes: int = 1  # of this machine that share the labels, on GPUs one a card; more machines: docs/scaling.md
     log_every: int = 10  # optimiser steps
     validate_every: int = 200  # optimiser steps; 0: never
-    validation_documents: int = 1000  # held out of training
+    validation_documents: int = 1000  # held out of training, at most a quarter of the documents
     checkpoint_every: int = 100  # optimiser steps; 0: only when stopped
+
+    def held_out(self, documents: int) -> int:
+        """How many of so many documents are held out of training."""
+        return min(self.validation_documents, documents // 4)
 
     def total_steps(self, batches: int) -> int:
         """The optimiser steps of a training whose epoch has so many micro-batches."""

@@ -112,7 +112,7 @@ def embed_corpus(
     about = read_json(Path(tokens_folder) / "tokens.json")
     tokens = TokenSet.open(Path(tokens_folder) / "train.arrow")
     own = len(tokens) - about["label_documents"]  # the labels' own texts follow the documents and are never held out
-    train_rows, validation_rows = split(own, config.train.validation_documents, config.seed)
+    train_rows, validation_rows = split(own, config.train.held_out(own), config.seed)
     train_rows = np.concatenate([train_rows, np.arange(own, len(tokens))])
     chosen = choose_documents(tokens, train_rows, config.encoder.embed_documents, about["labels"], config.seed)
 

@@ -149,7 +149,10 @@ def _load(models: str | Path, labels: int, ranks: Ranks) -> Classifier:
     train = classifier.config.train
     wanted = "cuda" if train.device == "auto" else train.device
     device = torch.device(wanted if wanted.startswith("cuda") and torch.cuda.is_available() else "cpu")
-    classifier.precision = ranks.of_first(choose_precision(train.precision, device))
+    trained = read_json(Path(models) / "fanin.json")
+    same = trained.get("device") == device.type  # else what was the faster there says nothing here
+    precision = getattr(torch, trained["precision"]) if same else choose_precision(train.precision, device)
+    classifier.precision = ranks.of_first(precision)
     return classifier.to(device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -35,7 +36,11 @@ def atomic_path(path: str | Path, *, directory: bool = False) -> Iterator[Path]:
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             _remove(old)
             path.rename(old)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
             _remove(old)
         else:
             os.replace(temporary, path)
@@ -83,6 +88,15 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path} is missing; run the stage that writes it (dvc repro)") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); rerun the stage that writes it") from None
+
+
+@functools.cache
+def sources_digest() -> str:
+    """Hex digest of this package's own sources, as they lie on disk when it is first asked for."""
+    folder = Path(__file__).parent
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp"))
+    named = "".join(f"{path.relative_to(folder)} {sha256(path)}\n" for path in files)
+    return hashlib.sha256(named.encode()).hexdigest()
 
 
 def sha256(path: str | Path) -> str:

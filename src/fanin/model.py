@@ -229,7 +229,9 @@ class Classifier(nn.Module):
             start = stop
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Texts -> (ids, mask) [B, T] on the classifier's device, cut to tokens.max_length."""
+        """Texts -> (ids, mask) [B, T] on the classifier's device, cut to tokens.max_length. Raises ValueError for no texts."""
+        if not texts:
+            raise ValueError("texts is empty; expected at least one")
         encoded = self.tokenizer(texts, truncation=True, max_length=self.config.tokens.max_length)
         ids, mask = collate([np.asarray(row) for row in encoded["input_ids"]], self.tokenizer.pad_token_id or 0)
         return ids.to(self.device), mask.to(self.device)
@@ -313,6 +315,8 @@ class Classifier(nn.Module):
                 "features": self.head.width,
                 "width": self.encoder.width,
                 "head_bytes": head_bytes,
+                "precision": str(self.precision).removeprefix("torch."),
+                "device": self.device.type,
                 "versions": {"fanin": __version__, "torch": torch.__version__, "python": platform.python_version()},
             }
             (temporary / "fanin.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -26,8 +26,9 @@ def refit(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, embeddings
     """Train the head, and profiles of words, in place on the ascending `rows` [N] of `tokens`, whose present embeddings are
     `embeddings` [N, D].
 
-    Rates, batches and momentum are those of training, with a warm-up and a cosine of its own. All of the classifier's ranks
-    call this with the same arguments. Returns the steps made. Raises FloatingPointError where features are not finite.
+    Rates, batches and momentum are those of training, with a warm-up (at most a tenth of its steps) and a cosine of its own.
+    All of the classifier's ranks call this with the same arguments. Returns the steps made. Raises FloatingPointError where
+    features are not finite.
     """
     if not epochs:
         return 0
@@ -35,12 +36,13 @@ def refit(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, embeddings
     seed, pad_id = seed_of(classifier.config.seed, _STREAM) >> 1, classifier.tokenizer.pad_token_id or 0
     batches = Batches(tokens, rows, settings.batch, seed, pad_id, classifier.label_rows, ranks)
     head, total = classifier.head, epochs * len(batches)
+    warmup = min(settings.warmup, total // 10)
     every = (batch for epoch in range(epochs) for batch in batches.epoch(epoch))
     for step, batch in enumerate(tqdm(every, "refitting", total, unit="step", mininterval=10, disable=not ranks.leads)):
         own = np.searchsorted(rows, batch.rows[slice(*ranks.share(len(batch.rows)))])
         embedding = torch.from_numpy(embeddings[own].astype(np.float32)).to(device)
         features = classifier.join(classifier.project(embedding), batch.ids.to(device), batch.mask.to(device))
-        lr, scale = settings.head_lr * warmup_cosine(step, settings.warmup, total), 1 / len(batch.rows)
+        lr, scale = settings.head_lr * warmup_cosine(step, warmup, total), 1 / len(batch.rows)
         dx, _ = head.step(
             ranks.gather(features, len(batch.rows)),
             batch.positives.between(head.first, head.first + head.labels).to(device),

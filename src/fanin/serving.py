@@ -37,7 +37,7 @@ PARAMS = ParamSchema([ParamSpec("k", DataType.long, DEFAULT_K)])
 class TextClassifier(PythonModel):
     """`predict(texts, params={"k": 5})` gives one row a text: `ids`, `labels` and `scores`, each k long, best first.
 
-    Scores are the head's logits; with the bce loss their sigmoid is the label's probability.
+    Scores are the head's logits, after calibration where it was kept: for ranking, their sigmoid is no probability.
     """
 
     def load_context(self, context: PythonModelContext) -> None:

@@ -38,7 +38,7 @@ from fanin.config import Config
 from fanin.data.batches import Batch, Batches
 from fanin.data.tokens import TokenSet
 from fanin.faults import Signals, finite
-from fanin.files import InputError
+from fanin.files import InputError, sources_digest
 from fanin.metrics import csr, match, precision
 from fanin.model import Classifier
 from fanin.objectives import AuxiliaryObjective, Positives
@@ -148,11 +148,12 @@ class Trainer:
                 if metrics:
                     bar.set_postfix_str(f"loss {metrics['loss']:.2f}, {metrics['documents_per_second']:.0f} documents/s")
                 if self.recode is not None and self.step == self.recode_step:
-                    self._record("recoding", self.recode(self.classifier))
+                    self._record("recoding", self._recoded(self.recode))
                 if self.ranks.size > 1:  # all stop at the same step
                     self._stop = int(self.ranks.most([self._stop or 0])[0]) or None
                 if self._due(self.settings.validate_every) or (self.step == self.total and self.settings.validate_every):
                     self._validate(bar)
+                self.seconds = before + time.monotonic() - began
                 if self._stop is not None or (self._due(self.settings.checkpoint_every) and self.step < self.total):
                     saved = self.save()
                 if self._stop is not None:
@@ -171,6 +172,15 @@ class Trainer:
     def clear(self) -> None:
         """Remove the checkpoints; to be called when the results are on disk."""
         clear_checkpoints(self.checkpoints, self.ranks)
+
+    def _recoded(self, recode: Callable[[Classifier], dict[str, float]]) -> dict[str, float]:
+        try:
+            return recode(self.classifier)
+        except (InputError, FloatingPointError) as error:
+            raise InputError(
+                f"step {self.step}: rows cannot be coded anew from what the encoder makes of its documents by now: {error}; if "
+                f"the start was whole, lower train.encoder_lr ({self.settings.encoder_lr}); {last_good(self.checkpoints)}"
+            ) from error
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -254,7 +264,8 @@ class Trainer:
         if self._lost >= PATIENCE:
             raise InputError(
                 f"step {self.step}: {PATIENCE} steps in a row met NaN or infinite values, the last one because {reason}; lower "
-                f"train.encoder_lr ({settings.encoder_lr}) or train.head_lr ({settings.head_lr}); {last_good(self.checkpoints)}"
+                f"train.encoder_lr ({settings.encoder_lr}) or train.head_lr ({settings.head_lr}), with which training starts "
+                f"from the beginning; {last_good(self.checkpoints)}"
             )
         if self.schedule.due(self.step) and not self._lost:
             moved = classifier.head.rewire(self.schedule, self.step, self.config.seed, *last, ranks)
@@ -359,6 +370,7 @@ class Trainer:
             "seconds": self.seconds,
             "curves": self.curves,
             "precision": str(self.classifier.precision).removeprefix("torch."),
+            "code": sources_digest(),
         }
         try:
             return save_checkpoint(self.checkpoints, self.step, tensors, state, self._places(), self.ranks)
@@ -380,12 +392,14 @@ class Trainer:
         tqdm.write(text, file=sys.stderr)
 
     def _resume(self) -> None:
-        if resume(self.checkpoints, self.fingerprint, self._restore, self.ranks) is None:
-            self.clear()
+        checkpoint = resume(self.checkpoints, self.fingerprint, self._restore, self.ranks)
+        if checkpoint is None:
             return
         self.resumed_from = self.step
         if self.ranks.leads:
-            print(f"resuming at step {self.step} of {self.total}", file=sys.stderr)
+            other = checkpoint.state.get("code") != sources_digest()
+            told = "; warning: fanin's sources have changed since, part of the result is of those before" if other else ""
+            print(f"resuming at step {self.step} of {self.total}{told}", file=sys.stderr)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint. Where that raises Damaged, another one can still be taken up."""

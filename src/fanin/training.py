@@ -37,7 +37,7 @@ CURVES = {
     "rewiring": ("step", "entries", "pruned", "moved", "share"),
 }
 # settings that change how a run is watched, not what it computes
-_WATCHING = ("log_every", "checkpoint_every")
+_WATCHING = ("log_every", "validate_every", "checkpoint_every")
 # and where, which changes the last bits alone
 _MACHINE = ("processes",)
 
@@ -74,7 +74,7 @@ def train(
         stack.enter_context(memory_explained(job, plan, checkpoints))
         tokens = TokenSet.open(tokens_folder / "train.arrow")
         true_documents = len(tokens) - description["label_documents"]  # label documents follow the true ones: never held out
-        train_rows, validation_rows = split(true_documents, config.train.validation_documents, config.seed)
+        train_rows, validation_rows = split(true_documents, config.train.held_out(true_documents), config.seed)
         train_rows = np.concatenate([train_rows, np.arange(true_documents, len(tokens))])
         order, meta = (_load(clusters_folder / name, description["labels"]) for name in ("order.npy", "meta.npy"))
 
