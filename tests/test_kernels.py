@@ -142,6 +142,7 @@ def test_gradients_equal_autograd(name, shape):
     close(dw, (g.double().t() @ x.double()).gather(1, rows))
     assert module.gradients(x, g, layer, need_x=False)[0] is None
     assert module.gradients(x, g, layer, need_weight=False)[1] is None
+    assert module.gradients(x, g, layer, need_x=False, need_weight=False) == (None, None)
     close(module.gradients(x, g, layer, need_weight=False)[0], dx)
     close(module.gradients(x, g, layer, need_x=False)[1], dw)
 
@@ -165,6 +166,44 @@ def test_topk_is_exact(name, shape):
         assert torch.equal(scores, z.topk(k, dim=1).values)
         assert torch.equal(z.gather(1, labels), scores)
         assert all(len(row.unique()) == k for row in labels)
+
+
+@pytest.mark.parametrize("shape", [(70, 48, 7, 5, 1), (70, 48, 8, 5, 4)])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_topk_of_logits_that_are_minus_infinity_names_labels_that_there_are(name, shape):
+    """Such a bias takes a label out; what fills the last tile up must not tie with it."""
+    module = needs(name)
+    layer, x, _, _ = case(*shape)
+    layer.bias[3:] = -torch.inf
+    scores, labels = module.topk(x, layer, layer.labels)
+    assert all(row.sort().values.tolist() == list(range(layer.labels)) for row in labels)
+    assert labels[:, :3].max() < 3
+    assert (scores[:, 3:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_torchs_default_type_decides_nothing(name, dtype):
+    module = needs(name)
+    layer, x, labels, documents = case(300, 64, 8, 20, 4)
+    update = Update(lr=0.05, momentum=0.9)
+
+    def results() -> list[torch.Tensor]:
+        own = clone(layer)
+        dx, loss = module.step(x, own, labels, documents, update, want_loss=True)
+        z = module.logits(x, own)
+        found = [module.topk(x, own, 9)[0], module.candidates(x, own, labels, documents, 3)]
+        return [dx, loss, z, own.weight, *module.gradients(x, z, own), *found]
+
+    expected = results()
+    torch.set_default_dtype(dtype)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kahan", [False, True])
@@ -470,12 +509,18 @@ BAD_LAYERS = {
     "bias is .69.; expected .70.": {"bias": lambda t: t[:-1]},
     "momentum is .70, 6.": {"momentum": lambda t: t[:, :-1].contiguous()},
     "weight is on meta but x on cpu": {"weight": lambda t: t.to("meta")},
+    "learnt is 49; expected 0 to 48": {"learnt": lambda t: 49},
+    "compensation is for weights stored below float32": {"compensation": lambda t: torch.zeros(70, 7, dtype=torch.bfloat16)},
 }
+COMPILED = ("index is int64", "weight is float64")  # plain torch takes these
 
 
-@pytest.mark.parametrize("message", BAD_LAYERS)
-def test_bad_layers_are_refused_before_anything_is_written(message):
-    module = needs("cpu")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(name, message) for name in ("cpu", *ANY_FLOAT) for message in BAD_LAYERS if name == "cpu" or message not in COMPILED],
+)
+def test_bad_layers_are_refused_before_anything_is_written(name, message):
+    module = needs(name)
     layer, x, labels, documents = case(70, 48, 7, 5, 1)
     bad = spoil(layer, **BAD_LAYERS[message])
     before = clone(layer)
@@ -484,8 +529,9 @@ def test_bad_layers_are_refused_before_anything_is_written(message):
     assert all(torch.equal(getattr(layer, n), getattr(before, n)) for n in ("weight", "bias", "momentum", "bias_momentum"))
 
 
-def test_bad_calls_are_refused():
-    module = needs("cpu")
+@pytest.mark.parametrize("name", ["cpu", *ANY_FLOAT])
+def test_bad_calls_are_refused(name):
+    module = needs(name)
     layer, x, labels, documents = case(70, 48, 7, 5, 1)
     update = Update(lr=0.1, momentum=0.9)
     before = clone(layer)
@@ -493,7 +539,7 @@ def test_bad_calls_are_refused():
     for message, call in {
         r"x is \[5, 48, 1\]": lambda: module.step(x[:, :, None], layer, labels, documents, update),
         "empty batch": lambda: module.step(x[:0], layer, labels[:0], documents[:0], update),
-        "fan-in 600 is over the limit of 512": lambda: module.logits(torch.zeros(2, 700), wide),
+        "fan-in 600 is over the limit of 512": lambda: needs("cpu").logits(torch.zeros(2, 700), wide),
         "fan-in 7 is over the 6 features": lambda: module.logits(x[:, :6], layer),
         "labels of the positives are not sorted": lambda: module.step(x, layer, labels.flip(0), documents, update),
         "positives name label 70": lambda: module.step(x, layer, labels + 1, documents, update),
@@ -502,6 +548,8 @@ def test_bad_calls_are_refused():
         "loss 'mse'": lambda: module.step(x, layer, labels, documents, update, "mse"),
         "k is 71": lambda: module.topk(x, layer, 71),
         r"g is \[5, 69\]": lambda: module.gradients(x, torch.zeros(5, 69), layer),
+        r"g is \[5, 70\] on meta": lambda: module.gradients(x, torch.zeros(5, 70, device="meta"), layer),
+        "count is 0": lambda: module.candidates(x, layer, labels, documents, 0),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()

@@ -306,6 +306,15 @@ def test_a_bad_index_is_refused_and_nothing_is_loaded(what, message):
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
+def test_weights_of_another_shape_leave_the_index_alone():
+    """33 and 34 outputs in groups of four have index rows alike."""
+    layer, other = (FixedFanInLinear(D, outputs, K, 4) for outputs in (33, 34))
+    before = layer.index.clone()
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer.index, before)
+
+
 def test_missing_and_unexpected_keys():
     layer = make()
     state = layer.state_dict()
@@ -345,6 +354,34 @@ def test_bad_input():
         layer(torch.zeros(2, D, dtype=torch.int64))
     with pytest.raises(ValueError, match="x is on meta but the layer on cpu"):
         layer(torch.zeros(2, D, device="meta"))
+
+
+def test_outputs_can_be_changed_in_place():
+    layer = make()
+    for shape in ((D,), (6, D), (2, 3, D)):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        layer(x).relu_().sum().backward()
+        own, x.grad = x.grad, None
+        F.linear(x, dense(layer), layer.bias).relu_().sum().backward()
+        torch.testing.assert_close(own, x.grad)
+
+
+def test_capture_sees_the_gradient_of_what_is_changed_in_place_and_of_a_named_input():
+    layer = make()
+    for shape in ((D,), (6, D), (2, 3, D)):
+        x = torch.randn(shape, dtype=torch.float64)
+        with layer.capture() as seen:
+            z = layer(x=x).relu_()
+            z.sum().backward()
+        assert torch.equal(seen.x, x)
+        assert torch.equal(seen.grad_output, (z > 0).double())
+
+
+def test_forward_mode_is_refused():
+    layer, x = make(), torch.randn(3, D, dtype=torch.float64)
+    for call in (torch.func.jacfwd(layer), lambda x: torch.func.jvp(layer, (x,), (x,))):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            call(x)
 
 
 def test_repr():

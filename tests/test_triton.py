@@ -156,6 +156,21 @@ def test_more_labels_than_topk_keeps_tiles_of(backend, monkeypatch):
 
 
 @inside
+@pytest.mark.parametrize("group", [1, 4])
+def test_topk_names_labels_that_there_are_where_a_bias_takes_labels_out(backend, group):
+    layer, x, *_ = case(30, 20, 3, 3, group)
+    layer.bias[2:] = -torch.inf
+    torch.set_default_dtype(torch.bfloat16)  # which is nobody's business
+    try:
+        scores, labels = backend.topk(x, layer, 30)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(row.sort().values.tolist() == list(range(30)) for row in labels)
+    assert labels[:, :2].max() < 2
+    assert (scores[:, 2:] == -torch.inf).all()
+
+
+@inside
 def test_a_wide_index(backend):
     from fanin.kernels.triton import Triton
 

@@ -119,6 +119,8 @@ class Head(nn.Module, ABC):
         """x [B, D'] -> (scores [B, k], rows [B, k] int64), highest first, exact; k at most L. Never holds all logits."""
         if not 1 <= k <= self.labels:
             raise ValueError(f"k must be 1 to {self.labels} (the number of labels), found {k}")
+        if x.ndim != 2 or x.shape[1] != self.width:
+            raise ValueError(f"x must be [B, {self.width}], found {list(x.shape)}")
         return self._topk(x, k)
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 
 import torch
@@ -11,10 +12,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fanin.kernels.layer import FAN_IN_LIMIT, INDEX_TYPES, LOSSES, WEIGHT_TYPES, Layer
 
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WIDER, _INTEGERS = (torch.float64,), (torch.int16, torch.int64)
 
 
-def check_layer(x: Tensor, layer: Layer) -> None:
+def check_layer(x: Tensor, layer: Layer, *, plain: bool = False) -> None:
     """x [B, D] and the layer's tensors fit together, lie in memory without gaps (x may be strided), and no index is beyond D.
+
+    plain: for plain torch, which takes any float type, any fan-in and indices of any integer type too.
 
     The index is read when it is new or has changed, and not again (`_in_range`). That a row's indices are distinct is
     `rewiring.check_index`, for where an index comes in.
@@ -30,7 +34,7 @@ def check_layer(x: Tensor, layer: Layer) -> None:
     labels, fan_in = weight.shape
     if layer.group < 1:
         raise ValueError(f"group is {layer.group}; expected 1 or more labels a group")
-    if fan_in > FAN_IN_LIMIT:
+    if fan_in > FAN_IN_LIMIT and not plain:
         raise ValueError(f"fan-in {fan_in} is over the limit of {FAN_IN_LIMIT}; use a dense layer for labels that read so much")
     if fan_in > x.shape[1]:
         raise ValueError(f"fan-in {fan_in} is over the {x.shape[1]} features of x; indices in a row must be distinct")
@@ -39,15 +43,21 @@ def check_layer(x: Tensor, layer: Layer) -> None:
         raise ValueError(
             f"index is {_shape(index)}; expected [{rows}, {fan_in}] for weight {_shape(weight)} in groups of {layer.group}"
         )
-    _types("x", x, INPUT_TYPES)
-    _types("weight", weight, WEIGHT_TYPES)
-    _types("index", index, INDEX_TYPES)
+    learnt = layer.learnt
+    if learnt is not None and not 0 <= learnt <= x.shape[1]:
+        raise ValueError(f"learnt is {learnt}; expected 0 to {x.shape[1]}, the features of x")
+    wide, narrow = (torch.float32, *_WIDER) if plain else (torch.float32,), (torch.float32, torch.bfloat16)
+    _types("x", x, INPUT_TYPES + (_WIDER if plain else ()))
+    _types("weight", weight, WEIGHT_TYPES + ((*_WIDER, torch.float16) if plain else ()))
+    _types("index", index, INDEX_TYPES + (_INTEGERS if plain else ()))
     state = (
-        ("bias", layer.bias, (labels,), (torch.float32,)),
-        ("momentum", layer.momentum, (labels, fan_in), (torch.float32, torch.bfloat16)),
-        ("bias_momentum", layer.bias_momentum, (labels,), (torch.float32,)),
+        ("bias", layer.bias, (labels,), wide),
+        ("momentum", layer.momentum, (labels, fan_in), (*wide, torch.bfloat16) if plain else narrow),
+        ("bias_momentum", layer.bias_momentum, (labels,), wide),
         ("compensation", layer.compensation, (labels, fan_in), (torch.bfloat16,)),
     )
+    if layer.compensation is not None and weight.itemsize >= 4:
+        raise ValueError(f"compensation is for weights stored below float32, but weight is {weight.dtype}; leave it out")
     for name, value, shape, types in state:
         if value is not None:
             if tuple(value.shape) != shape:
@@ -93,13 +103,33 @@ def check_positives(
         raise ValueError("a pair (label, document) is among the positives twice; give each once")
 
 
+def check_gradient(g: Tensor, x: Tensor, layer: Layer) -> None:
+    """g is dL/dz [B, L], beside x. Raises ValueError as check_layer does."""
+    if tuple(g.shape) != (len(x), layer.labels) or g.device != x.device:
+        raise ValueError(f"g is {_shape(g)} on {g.device}; expected {[len(x), layer.labels]} on {x.device}")
+
+
+def check_depth(k: int, layer: Layer) -> None:
+    """k of top-k. Raises ValueError."""
+    if not 1 <= k <= layer.labels:
+        raise ValueError(f"k is {k}; expected 1 to {layer.labels}, the number of labels")
+
+
+def check_count(count: int) -> None:
+    """How many candidates are asked for. Raises ValueError."""
+    if count < 1:
+        raise ValueError(f"count is {count}; expected 1 candidate a row or more")
+
+
 def check_loss(loss: str) -> None:
     if loss not in LOSSES:
         raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)}")
 
 
 _SEEN: OrderedDict[int, tuple[StorageWeakRef, int, int, int, int]] = OrderedDict()
-"""Of the last few indices found in range: their storage, its version, D, and from which byte to which."""
+"""Of the last indices found in range: their storage, its version, D, and from which byte to which."""
+_SEEN_LOCK = threading.Lock()  # threads may share a model, or run one each
+_SEEN_MOST = 1024  # layers of all models in a process: beyond, each would be read again at every call
 
 
 def _in_range(index: Tensor, features: int) -> bool:
@@ -127,11 +157,12 @@ def _check_range(index: Tensor, features: int) -> None:
     if not index.is_inference():
         storage = StorageWeakRef(index.untyped_storage())
         start = index.storage_offset() * index.itemsize
-        for old in [key for key, seen in _SEEN.items() if seen[0].expired()]:
-            del _SEEN[old]
-        _SEEN[storage.cdata] = (storage, index._version, features, int(start), int(start) + index.nbytes)
-        while len(_SEEN) > 16:
-            _SEEN.popitem(last=False)
+        with _SEEN_LOCK:
+            for old in [key for key, seen in _SEEN.items() if seen[0].expired()]:
+                del _SEEN[old]
+            _SEEN[storage.cdata] = (storage, index._version, features, int(start), int(start) + index.nbytes)
+            while len(_SEEN) > _SEEN_MOST:
+                _SEEN.popitem(last=False)
 
 
 def _types(name: str, value: Tensor, types: tuple[torch.dtype, ...]) -> None:

@@ -75,6 +75,13 @@ class Layer:
             yield self.part(start, min(start + size, self.labels))
 
 
+def without_lowest(scores: Tensor) -> Tensor:
+    """The lowest float32 turned into -inf, in place: top-k's kernels write that for a label whose logit is -inf, which must not
+    tie with what lies beyond the last label.
+    """
+    return scores.masked_fill_(scores == torch.finfo(torch.float32).min, -torch.inf)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Update:
     """One SGD update as torch.optim.SGD makes it.

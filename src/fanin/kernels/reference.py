@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fanin.kernels.checks import check_count, check_depth, check_gradient, check_layer, check_loss, check_positives
 from fanin.kernels.layer import Backend, Layer, Update, decode
 
 
@@ -59,6 +60,9 @@ class Reference(Backend):
         loss: str = "bce",
         want_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        check_loss(loss)
+        check_layer(x, layer, plain=True)
+        check_positives(labels, documents, layer.labels, len(x), x.device, values=True)
         xt = _transposed(x, layer)
         dxt = torch.zeros_like(xt)
         chunk = self.chunk(layer.group, len(x), x.device.type)
@@ -80,6 +84,7 @@ class Reference(Backend):
         return dxt[: layer.learnt].t().contiguous().to(x.dtype), total
 
     def logits(self, x: Tensor, layer: Layer) -> Tensor:
+        check_layer(x, layer, plain=True)
         xt = _transposed(x, layer)
         z = x.new_empty(len(x), layer.labels)
         for part in layer.parts(self.chunk(layer.group, len(x), x.device.type)):
@@ -91,6 +96,8 @@ class Reference(Backend):
     def gradients(
         self, x: Tensor, g: Tensor, layer: Layer, need_x: bool = True, need_weight: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
+        check_layer(x, layer, plain=True)
+        check_gradient(g, x, layer)
         xt = _transposed(x, layer)
         dxt = torch.zeros_like(xt) if need_x else None
         weight = x.new_empty(layer.weight.shape) if need_weight else None
@@ -107,6 +114,8 @@ class Reference(Backend):
         return candidates(self, x, layer, labels, documents, count, loss)
 
     def topk(self, x: Tensor, layer: Layer, k: int) -> tuple[Tensor, Tensor]:
+        check_layer(x, layer, plain=True)
+        check_depth(k, layer)
         scores = x.new_empty(len(x), 0)
         labels = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
         for part in layer.parts(max(self.chunk(layer.group, len(x), x.device.type), 4 * k)):
@@ -136,6 +145,10 @@ def tile_ranges(labels: Tensor, total: int, tile: int) -> Tensor:
 
 def candidates(backend: Backend, x: Tensor, layer: Layer, labels: Tensor, documents: Tensor, count: int, loss: str) -> Tensor:
     """`Backend.candidates` from a backend's logits and dense matrix products, about 16 MiB at a time."""
+    check_loss(loss)
+    check_layer(x, layer, plain=True)
+    check_positives(labels, documents, layer.labels, len(x), x.device, values=True)
+    check_count(count)
     width, block = x.shape[1], 4096
     found = torch.empty(len(layer.index), count, dtype=torch.int32, device=x.device)
     size = max(2**22 // (min(width, block) * layer.group), 1) * layer.group

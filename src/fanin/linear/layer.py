@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fanin import kernels, rewiring
 from fanin.kernels.layer import FAN_IN_LIMIT, index_dtype
@@ -115,18 +116,26 @@ class FixedFanInLinear(nn.Module):
     # the layer as a function ------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [.., D] -> [.., L]. Raises ValueError for another D, TypeError for another dtype than the weight's."""
+        """x [.., D] -> [.., L]. Raises ValueError for another D, TypeError for another dtype than the weight's,
+        NotImplementedError for a tangent.
+        """
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must be [.., {self.in_features}] (in_features), found {list(x.shape)}")
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:  # torch would take a zero for the tangent
+            given = (x, self.weight, self.bias)
+            if any(value is not None and forward_ad.unpack_dual(value).tangent is not None for value in given):
+                raise NotImplementedError("forward-mode derivatives (jvp, jacfwd) of FixedFanInLinear do not exist; use backward()")
         if x.device != self.weight.device:
             raise ValueError(f"x is on {x.device} but the layer on {self.weight.device}; move one of them with .to()")
         if autocasts(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif x.dtype != self.weight.dtype:
             raise TypeError(f"x is {x.dtype} but the weight {self.weight.dtype}; cast one of them with .to()")
-        flat = x.reshape(-1, self.in_features)
+        flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         z = fixed_fan_in_linear(flat, self.weight, self.index, self.bias, self.group, self.backend)
-        return z.reshape(*x.shape[:-1], self.out_features)
+        if x.dim() == 1:
+            return z[0].clone()  # of a custom operator's output a view cannot be changed in place
+        return z if x.dim() == 2 else z.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return (
@@ -147,6 +156,8 @@ class FixedFanInLinear(nn.Module):
         self.index.copy_(value)
 
     def _check_index(self, value: Tensor) -> None:
+        if not isinstance(value, Tensor):
+            raise ValueError(f"index is a {type(value).__name__}, but must be a tensor of an integer type")
         if value.shape != self.index.shape:
             raise ValueError(f"index is {list(value.shape)}, but the layer needs {list(self.index.shape)}")
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
@@ -181,11 +192,13 @@ class FixedFanInLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Loads nothing of this layer if the index does not fit; torch raises RuntimeError with what is said here."""
-        key = prefix + "index"
+        key, weight = prefix + "index", state_dict.get(prefix + "weight")
         value = state_dict.pop(key, None)
         if value is None:
             if strict:
                 missing_keys.append(key)
+        elif isinstance(weight, Tensor) and weight.shape != self.weight.shape:
+            pass  # torch refuses it: an index without its weights would be worse than nothing
         else:
             try:
                 self._check_index(value)

@@ -44,18 +44,20 @@ def capture(layer: nn.Module) -> Iterator[Captured]:
     """As FixedFanInLinear.capture."""
     seen = Captured()
 
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             raise RuntimeError("capture() needs the model itself, not what torch.compile made of it: model._orig_mod")
-        x = inputs[0].detach()
+        x = (inputs[0] if inputs else named["x"]).detach()
 
         def keep_gradient(gradient: Tensor) -> None:
             seen.x, seen.grad_output = x, gradient.detach()
 
         if output.requires_grad:
+            output = output.clone() if output._is_view() else output  # changed in place, a view would lose the hook
             output.register_hook(keep_gradient)
+        return output
 
-    handle = layer.register_forward_hook(keep)
+    handle = layer.register_forward_hook(keep, with_kwargs=True)
     try:
         yield seen
     finally:

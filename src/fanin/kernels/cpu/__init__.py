@@ -12,9 +12,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fanin.kernels.checks import check_layer, check_loss, check_positives
+from fanin.kernels.checks import check_count, check_depth, check_gradient, check_layer, check_loss, check_positives
 from fanin.kernels.cpu.build import library
-from fanin.kernels.layer import LOSSES, Backend, Layer, Update
+from fanin.kernels.layer import LOSSES, Backend, Layer, Update, without_lowest
 
 _LANES, _PANEL = 16, 64  # as in fixed_fan_in.cpp
 _MODES = {"step": 0, "logits": 1, "gradients": 2, "maxima": 3, "candidates": 4}
@@ -70,12 +70,12 @@ class Cpu(Backend):
         check_positives(labels, documents, layer.labels, len(x), x.device, values=True)
         panels = _panels(x)
         job = _job("step", len(x), x.shape[1], layer, panels)
-        dx = torch.empty(job.slices, panels.numel() // x.shape[1] * job.learnt)
+        dx = _empty(job.slices, panels.numel() // x.shape[1] * job.learnt)
         if layer.group == 1 and job.learnt < x.shape[1]:
-            present = torch.ones(x.shape[1], dtype=torch.bool)
+            present = torch.ones(x.shape[1], dtype=torch.bool, device="cpu")
             torch.any(x[:, job.learnt :], dim=0, out=present[job.learnt :])
             job.present = _address(present)
-        losses = torch.empty(job.slices, dtype=torch.float64) if want_loss else None
+        losses = _empty(job.slices, dtype=torch.float64) if want_loss else None
         job.dx, job.losses = _address(dx), _address(losses)
         job.momentum, job.momentum_type = _address(layer.momentum), _type(layer.momentum)
         job.bias_momentum, job.compensation = _address(layer.bias_momentum), _address(layer.compensation)
@@ -97,7 +97,7 @@ class Cpu(Backend):
     def logits(self, x: Tensor, layer: Layer) -> Tensor:
         check_layer(x, layer)
         panels = _panels(x)
-        z = torch.empty(layer.labels, len(x))
+        z = _empty(layer.labels, len(x))
         job = _job("logits", len(x), x.shape[1], layer, panels)
         job.z = _address(z)
         self._run(job)
@@ -107,16 +107,17 @@ class Cpu(Backend):
         self, x: Tensor, g: Tensor, layer: Layer, need_x: bool = True, need_weight: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
         check_layer(x, layer)
-        if tuple(g.shape) != (len(x), layer.labels):
-            raise ValueError(f"g is {list(g.shape)}; expected {[len(x), layer.labels]}")
+        check_gradient(g, x, layer)
+        if not (need_x or need_weight):
+            return None, None
         panels = _panels(x)
-        weight = torch.empty(layer.weight.shape) if need_weight else None
-        total = torch.zeros(panels.numel()) if need_x else None
+        weight = _empty(*layer.weight.shape) if need_weight else None
+        total = _empty(panels.numel()).zero_() if need_x else None
         for part in layer.parts(max(_TOPK_LABELS // max(len(x), 1), 4096)):  # g is turned round in runs of labels
             place = slice(part.first - layer.first, part.first - layer.first + part.labels)
             turned = g[:, place].t().to(torch.float32).contiguous()
             job = _job("gradients", len(x), x.shape[1], part, panels)
-            dx = torch.empty(job.slices, panels.numel()) if need_x else None
+            dx = _empty(job.slices, panels.numel()) if need_x else None
             job.dx, job.z = _address(dx), _address(turned)
             job.dweight = None if weight is None else _address(weight[place])
             self._run(job)
@@ -131,20 +132,19 @@ class Cpu(Backend):
         """As Backend.topk. The k best labels of a document lie in the k tiles of labels whose best are the highest, so
         only the tiles' maxima are kept, and the logits of those k tiles are computed again."""
         check_layer(x, layer)
-        if not 1 <= k <= layer.labels:
-            raise ValueError(f"k is {k}; expected 1 to {layer.labels}, the number of labels")
+        check_depth(k, layer)
         panels, rows = _panels(x), x.detach().to(torch.float32).contiguous()
         batch = len(x)
-        scores, found = torch.empty(batch, 0), torch.empty(batch, 0, dtype=torch.int64)
+        scores, found = _empty(batch, 0), _empty(batch, 0, dtype=torch.int64)
         tile = -(-_TILE // layer.group) * layer.group
         for part in layer.parts(max(_TOPK_LABELS // tile, k) * tile):
             tiles = -(-part.labels // tile)
-            maxima = torch.empty(tiles, batch)
+            maxima = _empty(tiles, batch)
             job = _job("maxima", batch, x.shape[1], part, panels, tile)
             job.z = _address(maxima)
             self._run(job)
             chosen = maxima.t().topk(min(k, tiles), dim=1).indices.sort(dim=1).values
-            logits = torch.empty(batch, chosen.shape[1] * tile)
+            logits = _empty(batch, chosen.shape[1] * tile)
             self._library.fanin_pick(
                 ctypes.byref(job),
                 ctypes.c_void_p(_address(rows)),
@@ -157,14 +157,15 @@ class Cpu(Backend):
             scores, found = torch.cat([scores, top], 1), torch.cat([found, where], 1)
             scores, keep = scores.topk(min(k, scores.shape[1]), dim=1)
             found = found.gather(1, keep)
-        return scores.to(x.dtype), found
+        return without_lowest(scores).to(x.dtype), found
 
     def candidates(self, x: Tensor, layer: Layer, labels: Tensor, documents: Tensor, count: int, loss: str = "bce") -> Tensor:
         check_loss(loss)
         check_layer(x, layer)
         check_positives(labels, documents, layer.labels, len(x), x.device, values=True)
+        check_count(count)
         panels = _panels(x)
-        found = torch.empty(len(layer.index), count, dtype=torch.int32)
+        found = _empty(len(layer.index), count, dtype=torch.int32)
         job = _job("candidates", len(x), x.shape[1], layer, panels)
         job.positive_labels, job.positive_documents, job.positives = _address(labels), _address(documents), len(labels)
         job.loss, job.candidates, job.count = LOSSES.index(loss), _address(found), count
@@ -205,6 +206,11 @@ def _slices(labels: int, size: int) -> int:
     """Runs of labels that are worked on at once, each with a dx of `size` numbers: a function of the shapes alone, so that
     sums do not depend on the number of threads."""
     return max(min(labels // _SLICE, _SLICES, _DX_BYTES // (4 * size) if size else _SLICES), 1)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """For the C++ code to write to, whatever torch's default type and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _address(tensor: Tensor | None) -> int | None:

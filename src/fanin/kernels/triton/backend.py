@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fanin.kernels.checks import check_layer, check_loss, check_positives
-from fanin.kernels.layer import LOSSES, Backend, Layer, Unavailable, Update
+from fanin.kernels.checks import check_depth, check_gradient, check_layer, check_loss, check_positives
+from fanin.kernels.layer import LOSSES, Backend, Layer, Unavailable, Update, without_lowest
 from fanin.kernels.reference import candidates
 from fanin.kernels.triton import configs
 from fanin.kernels.triton.job import InputGradient, Job, raw, seeds
@@ -66,7 +66,7 @@ class Triton(Backend):
         dx = self._input_gradient(job, chunk)
         ranges = job.ranges(labels)
         blocks = 1 if plan.fused else plan.columns
-        losses = torch.zeros(plan.tiles(layer.labels), blocks, device=x.device) if want_loss else None
+        losses = torch.zeros(plan.tiles(layer.labels), blocks, dtype=torch.float32, device=x.device) if want_loss else None
         g = old = None
         if self.deterministic if layer.group == 1 else not plan.fused:
             g = job.empty(min(chunk, layer.labels))
@@ -101,7 +101,7 @@ class Triton(Backend):
         job = Job(x, layer, self._capability(x.device))
         chunk = job.plan.chunk(self.scratch_bytes, False)
         z = x.new_empty(len(x), layer.labels)
-        turned = torch.empty(min(chunk, layer.labels), job.plan.stride, device=x.device)
+        turned = torch.empty(min(chunk, layer.labels), job.plan.stride, dtype=torch.float32, device=x.device)
         for part in layer.parts(chunk):
             place = part.first - layer.first
             self._run(job, part, "LOGITS", out=turned)
@@ -112,8 +112,7 @@ class Triton(Backend):
         self, x: Tensor, g: Tensor, layer: Layer, need_x: bool = True, need_weight: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
         self._check(x, layer)
-        if tuple(g.shape) != (len(x), layer.labels) or g.device != x.device:
-            raise ValueError(f"g is {list(g.shape)} on {g.device}; expected {[len(x), layer.labels]} on {x.device}")
+        check_gradient(g, x, layer)
         job = Job(x, layer, self._capability(x.device))
         chunk = job.plan.chunk(self.scratch_bytes, need_x and self.deterministic)
         dx = self._input_gradient(job, chunk) if need_x else None
@@ -125,7 +124,7 @@ class Triton(Backend):
             turned[: part.labels, : len(x)] = g[:, place].t()
             out = None
             if weight is not None:
-                out = weight[place] if direct else torch.empty(part.weight.shape, device=x.device)
+                out = weight[place] if direct else torch.empty(part.weight.shape, dtype=torch.float32, device=x.device)
             if layer.group > 1:
                 self._run_backward(job, part, turned, dx, out, None)
             elif out is not None or (dx is not None and dx.atomic is not None):
@@ -140,23 +139,22 @@ class Triton(Backend):
         """As Backend.topk. The k best labels of a document lie in the k tiles of labels whose best are the highest: a first
         pass writes only the tiles' maxima, and the logits of those k tiles are computed again."""
         self._check(x, layer)
-        if not 1 <= k <= layer.labels:
-            raise ValueError(f"k is {k}; expected 1 to {layer.labels}, the number of labels")
+        check_depth(k, layer)
         job = Job(x, layer, self._capability(x.device))
         tile = job.plan.topk_tile()
         documents = max(configs.PICK_BYTES // (4 * k * tile), 1)
         if len(x) > documents:
             turns = [self.topk(part, layer, k) for part in x.split(documents)]
             return torch.cat([scores for scores, _ in turns]), torch.cat([found for _, found in turns])
-        scores = torch.empty(len(x), 0, device=x.device)
+        scores = torch.empty(len(x), 0, dtype=torch.float32, device=x.device)
         found = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
         rows = x.detach().to(job.dtype).contiguous()
         for part in layer.parts(max(min(configs.TOPK_LABELS // tile, 2**24 // len(x)), k) * tile):
             tiles = -(-part.labels // tile)
-            maxima = torch.empty(len(x), tiles, device=x.device)
+            maxima = torch.empty(len(x), tiles, dtype=torch.float32, device=x.device)
             self._run(job, part, "MAXIMA", out=maxima, tiles=tiles)
             chosen = maxima.topk(min(k, tiles), dim=1).indices
-            logits = torch.empty(*chosen.shape, tile, device=x.device)
+            logits = torch.empty(*chosen.shape, tile, dtype=torch.float32, device=x.device)
             block_l, block_k, warps = configs.PICK
             self._launch(
                 self._pick, chosen.shape, rows, part.weight, part.index, part.bias, chosen, logits,
@@ -168,7 +166,7 @@ class Triton(Backend):
             scores, found = torch.cat([scores, top], 1), torch.cat([found, where], 1)
             scores, keep = scores.topk(min(k, scores.shape[1]), dim=1)
             found = found.gather(1, keep)
-        return scores.to(x.dtype), found
+        return without_lowest(scores).to(x.dtype), found
 
     def candidates(self, x: Tensor, layer: Layer, labels: Tensor, documents: Tensor, count: int, loss: str = "bce") -> Tensor:
         """As Backend.candidates: logits from the kernels, the dense gradient of a chunk of rows by torch's own products."""

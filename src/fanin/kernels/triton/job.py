@@ -78,7 +78,7 @@ class InputGradient:
         self._reduce, self._spread = kernels
         slices = plan.slices(chunk) if deterministic else 1
         features = plan.dx_features if deterministic else plan.features
-        self._partial = torch.zeros(slices, features, plan.stride, device=job.x.device)
+        self._partial = torch.zeros(slices, features, plan.stride, dtype=torch.float32, device=job.x.device)
         self.atomic = None if deterministic else self._partial[0]
         self.rows: Tensor | None = None
         if deterministic and plan.group > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -70,9 +71,11 @@ class Orders:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple, tuple[StorageWeakRef, int, Order]] = OrderedDict()
+        self._lock = threading.Lock()  # threads share a backend
 
     def clear(self) -> None:
-        self._kept.clear()
+        with self._lock:
+            self._kept.clear()
 
     def get(self, index: Tensor, features: int, rows: int) -> Order:
         if index.is_inference():
@@ -80,12 +83,13 @@ class Orders:
         # the weak reference keeps the storage's address from being given to another one
         storage = StorageWeakRef(index.untyped_storage())
         key = (storage.cdata, index.storage_offset(), index.shape, index.dtype, features, rows)
-        found = self._kept.get(key)
-        if found is None or found[1] != index._version:
-            for old in [k for k, (reference, _, _) in self._kept.items() if reference.expired()]:
-                del self._kept[old]
-            found = self._kept[key] = (storage, index._version, sort_by_feature(index, features, rows))
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return found[2]
+        with self._lock:
+            found = self._kept.get(key)
+            if found is None or found[1] != index._version:
+                for old in [k for k, (reference, _, _) in self._kept.items() if reference.expired()]:
+                    del self._kept[old]
+                found = self._kept[key] = (storage, index._version, sort_by_feature(index, features, rows))
+                if len(self._kept) > _KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return found[2]

@@ -6,6 +6,9 @@ import triton.language as tl
 from fanin.kernels.triton.storage import decode, place_of
 
 
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32
+
+
 @triton.jit(do_not_specialize=["total", "features", "choices"], do_not_specialize_on_alignment=["bias"])
 def pick(
     x,  # [B, D] float32 or bfloat16
@@ -44,5 +47,6 @@ def pick(
             begin += BLOCK_K
         if bias is not None:
             z += tl.load(bias + label, mask=inside, other=0.0)
+        z = tl.where(z < LOWEST, LOWEST, z)  # -inf is for what lies beyond the last label
         tl.store(out + place_of(place, tile) + within, tl.where(inside, z, float("-inf")), mask=within < tile)
         done += BLOCK_L
