@@ -124,7 +124,7 @@ class FixedFanInLinear(nn.Module):
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:  # torch would take a zero for the tangent
             given = (x, self.weight, self.bias)
             if any(value is not None and forward_ad.unpack_dual(value).tangent is not None for value in given):
-                raise NotImplementedError("forward-mode derivatives (jvp, jacfwd) of FixedFanInLinear do not exist; use backward()")
+                raise NotImplementedError("FixedFanInLinear has no forward-mode derivatives (jvp, jacfwd); use backward()")
         if x.device != self.weight.device:
             raise ValueError(f"x is on {x.device} but the layer on {self.weight.device}; move one of them with .to()")
         if autocasts(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:

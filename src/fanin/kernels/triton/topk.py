@@ -5,7 +5,6 @@ import triton.language as tl
 
 from fanin.kernels.triton.storage import decode, place_of
 
-
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32
 
 
