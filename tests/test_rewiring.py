@@ -49,6 +49,15 @@ def test_global_threshold_is_the_quantile(fraction):
     assert global_threshold(lambda: iter([torch.zeros(3)]), 3, fraction) == 0.0
 
 
+@pytest.mark.parametrize(("fraction", "pruned"), [(0.1, 0.0), (0.15, 0.25), (0.3, 0.25), (0.4, 0.5), (0.9, 1.0)])
+def test_equal_magnitudes_are_pruned_together_or_not_at_all(fraction, pruned):
+    values = torch.tensor([0.25, 0.3, 0.5, 1.0]).repeat(20)
+    amount = global_threshold(lambda: iter(values.split(7)), values.numel(), fraction)
+    assert (values <= amount).double().mean().item() == pruned
+    same = torch.full((4, 20), 0.3)
+    assert (same <= global_threshold(lambda: iter([same]), 80, fraction)).double().mean().item() == round(fraction)
+
+
 def test_a_group_is_judged_by_its_root_mean_square():
     weight = torch.tensor([[3.0, 0.0], [4.0, 0.0], [1.0, 2.0]])  # groups of two: rows 0-1, row 2 alone
     expected = torch.tensor([[12.5**0.5, 0.0], [1.0, 2.0]])

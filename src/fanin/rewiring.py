@@ -51,10 +51,10 @@ def magnitude(weight: Tensor, group: int) -> Tensor:
 
 
 def global_threshold(magnitudes: Callable[[], Iterable[Tensor]], entries: int, fraction: float, ranks: Ranks = ALONE) -> float:
-    """The magnitude below which `fraction` of all ranks' entries lie, from chunks, in two passes of a histogram.
+    """The magnitude up to which `fraction` of all ranks' entries lie, from chunks, in two passes of a histogram.
 
     magnitudes() yields tensors of any shape with this rank's `entries`; memory stays at one chunk and 65,536 bins. Exact to
-    one part in 65,536 of the range, and never below the smallest value.
+    one part in 65,536 of the range. Of equal magnitudes (there are 127 in float8) all or none, whichever comes nearer.
     """
     highest = ranks.most([max((float(chunk.max()) for chunk in magnitudes()), default=0.0)])[0]
     if highest <= 0:
@@ -65,8 +65,13 @@ def global_threshold(magnitudes: Callable[[], Iterable[Tensor]], entries: int, f
         counts += torch.histc(chunk.float(), bins, 0.0, highest).cpu().double()
     ranks.sum_([counts])
     total = ranks.total([entries])[0]
-    place = int(torch.searchsorted(counts.cumsum(0), torch.tensor(fraction * total, dtype=torch.float64)))
-    return highest * min(place, bins) / bins
+    below, wanted = counts.cumsum(0), torch.tensor(fraction * total, dtype=torch.float64)
+    place = min(int(torch.searchsorted(below, wanted)), bins - 1)
+    place += bool(below[place] - wanted < wanted - (below[place - 1] if place else 0))
+    if place == bins:
+        return highest
+    edge = torch.tensor(highest * place / bins, dtype=torch.float32)  # what lies on it is of the bin above
+    return float(torch.nextafter(edge, torch.zeros_like(edge)))
 
 
 def pruned_mask(size: Tensor, prune: str, amount: float) -> Tensor:
