@@ -121,7 +121,8 @@ class FixedFanInLinear(nn.Module):
         """
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must be [.., {self.in_features}] (in_features), found {list(x.shape)}")
-        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:  # torch would take a zero for the tangent
+        tangents = not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0
+        if tangents:  # which torch would take for zeros
             given = (x, self.weight, self.bias)
             if any(value is not None and forward_ad.unpack_dual(value).tangent is not None for value in given):
                 raise NotImplementedError("FixedFanInLinear has no forward-mode derivatives (jvp, jacfwd); use backward()")
