@@ -46,13 +46,13 @@ def check_layer(x: Tensor, layer: Layer, *, plain: bool = False) -> None:
     learnt = layer.learnt
     if learnt is not None and not 0 <= learnt <= x.shape[1]:
         raise ValueError(f"learnt is {learnt}; expected 0 to {x.shape[1]}, the features of x")
-    wide, narrow = (torch.float32, *_WIDER) if plain else (torch.float32,), (torch.float32, torch.bfloat16)
+    wide = (torch.float32, *_WIDER) if plain else (torch.float32,)
     _types("x", x, INPUT_TYPES + (_WIDER if plain else ()))
     _types("weight", weight, WEIGHT_TYPES + ((*_WIDER, torch.float16) if plain else ()))
     _types("index", index, INDEX_TYPES + (_INTEGERS if plain else ()))
     state = (
         ("bias", layer.bias, (labels,), wide),
-        ("momentum", layer.momentum, (labels, fan_in), (*wide, torch.bfloat16) if plain else narrow),
+        ("momentum", layer.momentum, (labels, fan_in), (*wide, torch.bfloat16)),
         ("bias_momentum", layer.bias_momentum, (labels,), wide),
         ("compensation", layer.compensation, (labels, fan_in), (torch.bfloat16,)),
     )
