@@ -90,11 +90,14 @@ sync: setup ## send to MLflow what could not be sent before
 params: setup ## the settings in force: params.yaml over its preset over the defaults
 	$(PY) -m fanin.config
 
+# A module's tests mostly share a worker, and so what the module made for them; a worker takes about 1 GiB.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
+
 test: setup ## the fast tests, on a CPU
-	$(PY) -m pytest
+	$(PY) -m pytest $(PARALLEL)
 
 test-slow: setup ## the slow tests too
-	$(PY) -m pytest -m 'not gpu'
+	$(PY) -m pytest $(PARALLEL) -m 'not gpu'
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
