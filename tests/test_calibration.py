@@ -11,7 +11,7 @@ import torch
 from fanin import calibration
 from fanin.calibration import Shift, calibrate, fit
 from fanin.config import Config
-from fanin.heads import STORED, Bottleneck, Dense, FixedFanIn
+from fanin.heads import STORED, Bottleneck, Dense, FixedFanIn, HeadTail
 from fanin.lexical import NORM, Lexical
 from fanin.ranks import ALONE
 
@@ -108,6 +108,12 @@ def classifier(kind: str, group: int, dtype: str, lexical: bool):
         head = Dense(LABELS, WIDTH, "bce", generator, dtype=STORED[dtype], rounding="kahan")
     elif kind == "bottleneck":
         head = Bottleneck(LABELS, WIDTH, 8, "bce", generator)
+    elif kind == "split":
+        extra = {"lexical": WORDS, "vocabulary": VOCABULARY} if lexical else {}
+        width, fan_in = WIDTH + VOCABULARY * lexical, 6 + WORDS * lexical
+        head = HeadTail(LABELS, width, 9, fan_in, "bce", generator, dtype=STORED[dtype], rounding="kahan", **extra)
+        if lexical:
+            head.tail.weight[:, 6:] = torch.rand(LABELS - 9, WORDS, generator=generator) * (2 / NORM)
     else:
         extra = {"lexical": WORDS, "vocabulary": VOCABULARY} if lexical else {}
         width, fan_in = WIDTH + VOCABULARY * lexical, 6 + WORDS * lexical
@@ -115,9 +121,10 @@ def classifier(kind: str, group: int, dtype: str, lexical: bool):
         if lexical:
             value = torch.rand(LABELS, WORDS, generator=generator) * (2 / NORM)
             head.weight[:, 6:] = value.to(head.weight.dtype)
-    head.bias.uniform_(-3, -1, generator=generator)
+    for _, part in head.parts():
+        part.bias.uniform_(-3, -1, generator=generator)
     table = torch.randn(VOCABULARY, WIDTH, generator=generator)
-    order = np.random.default_rng(1).permutation(LABELS) if group > 1 else None
+    order = np.random.default_rng(1).permutation(LABELS) if group > 1 or kind == "split" else None
 
     def features(ids, mask):
         inner = (table[ids] * mask[:, :, None]).sum(1)
@@ -147,10 +154,11 @@ def classifier(kind: str, group: int, dtype: str, lexical: bool):
         ("fixed", 4, "fp8"),
         ("dense", 1, "fp32"),
         ("bottleneck", 1, "fp32"),
+        ("split", 1, "fp32"),
     ],
 )
 def test_the_head_gives_the_shifted_logits(monkeypatch, kind, group, dtype, lexical):
-    if lexical and kind != "fixed":
+    if lexical and kind not in ("fixed", "split"):
         pytest.skip("reads no words")
     rng = np.random.default_rng(0)
     tokens = _Tokens([np.unique(rng.integers(0, LABELS, rng.integers(1, 4))).astype(np.int32) for _ in range(DOCUMENTS)])

@@ -81,7 +81,10 @@ def test_no_more_than_a_quarter_is_held_out(settings, documents, held_out):
         ("head: {fan_in: 2000}", r"head.fan_in: 2000 is above the 1536 features of head.intermediate; lower the one or raise"),
         ("head: {fan_in: 0}", r"head.fan_in: 0 is outside 1 to"),
         ("head: {kind: spars}", r"head.kind: 'spars' is not one of fixed_fan_in, dense, bottleneck"),
-        ("head: {kind: dense}\nrewiring: {method: set}", r"rewiring.method: set needs head.kind fixed_fan_in, but it is dense"),
+        (
+            "head: {kind: dense}\nrewiring: {method: set}",
+            r"rewiring.method: set needs head.kind fixed_fan_in or head_tail, but it is dense",
+        ),
         ("head: {kind: dense, group: 8}", r"head.group: 8 is for head.kind fixed_fan_in"),
         ("rewiring: {method: rigl, amount: 1.5}", r"rewiring.amount: a fraction must be below 1, found 1.5"),
         ("head: {fan_in: 8, intermediate: 8}\nrewiring: {method: set}", r"rewiring.method: nothing to rewire"),

@@ -121,6 +121,8 @@ HEADS = {
     "dense, bf16": (Head(kind="dense", dtype="bf16"), 384, 64),
     "dense, fp8": (Head(kind="dense", dtype="fp8", rounding="kahan"), 128, 64),
     "bottleneck": (Head(kind="bottleneck", bottleneck=64), 384, 64),
+    "split": (Head(kind="head_tail", fan_in=32, dense_share=0.02), 384, 64),
+    "split, bf16": (Head(kind="head_tail", fan_in=16, dense_share=0.3, dtype="bf16"), 384, 64),
 }
 
 

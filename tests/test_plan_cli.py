@@ -289,7 +289,7 @@ def test_bad_questions_are_explained(project: Path, capsys: pytest.CaptureFixtur
         assert said in capsys.readouterr().err
     (project / "params.yaml").write_text("head:\n  kind: dense\nrewiring:\n  method: none\n", encoding="utf-8")
     assert cli.main(["plan", "--labels", "9", "--for", "1GiB"]) == 1
-    assert "only a fixed_fan_in head has a fan-in" in capsys.readouterr().err
+    assert "only a fixed_fan_in or head_tail head has a fan-in" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["plan", "--memory", "lots"])
     assert "'lots' is not an amount of memory" in capsys.readouterr().err

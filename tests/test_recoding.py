@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fanin.centroids import LabelDocuments
-from fanin.heads import STORED, Bottleneck, Dense, FixedFanIn, Head
+from fanin.heads import STORED, Bottleneck, Dense, FixedFanIn, Head, HeadTail
 from fanin.ranks import ALONE
 from fanin.recoding import EVIDENCE, SHARE, recode
 
@@ -46,15 +46,18 @@ def classifier(kind: str, intermediate: int = 0, group: int = 1, dtype: str = "f
         head = Dense(LABELS, width, loss, generator, dtype=STORED[dtype], rounding="kahan")
     elif kind == "bottleneck":
         head = Bottleneck(LABELS, width, 5, loss, generator)
+    elif kind == "split":
+        head = HeadTail(LABELS, width, 20, fan_in, loss, generator, dtype=STORED[dtype], rounding="kahan")
     else:
         head = FixedFanIn(LABELS, width, fan_in, group, loss, generator, dtype=STORED[dtype], rounding="kahan")
-    head.bias.uniform_(-3, -1, generator=generator)
     head.prepare_training(0.9)
-    for name in ("momentum", "compensation"):
-        held = getattr(head, name, None)
-        if held is not None:
-            held.fill_(0.5)
-    order = np.random.default_rng(1).permutation(LABELS) if group > 1 else None
+    for _, part in head.parts():
+        part.bias.uniform_(-3, -1, generator=generator)
+        for name in ("momentum", "compensation"):
+            held = getattr(part, name, None)
+            if held is not None:
+                held.fill_(0.5)
+    order = np.random.default_rng(1).permutation(LABELS) if group > 1 or kind == "split" else None
     project = layer if layer is not None else (lambda x: x)
     return SimpleNamespace(
         head=head,
@@ -80,7 +83,9 @@ def logits(made, x: torch.Tensor) -> torch.Tensor:
 
 
 FORMS = [("dense", 0), ("dense", 40), ("bottleneck", 0), ("bottleneck", 40), ("fixed", 0), ("fixed", 40), ("fixed", 40, 8)]
+FORMS += [("split", 0), ("split", 40)]
 EXACT = [("dense", 0), ("dense", 40), ("fixed", 0, 1, "fp32", "bce", WIDTH), ("fixed", 0, 8, "fp32", "bce", WIDTH)]
+EXACT += [("split", 0, 1, "fp32", "bce", WIDTH)]
 
 
 @pytest.mark.parametrize("form", EXACT, ids=str)
@@ -117,7 +122,8 @@ def test_random_heads_find_their_documents(corpus, form, monkeypatch):
     monkeypatch.setattr("fanin.recoding.EVIDENCE", 10**9)
     made = classifier(*form)
     assert (logits(made, corpus.x).argmax(1).numpy() == corpus.own).mean() < 0.1
-    residual, found = {"dense": (1e-6, 0.8), "fixed": (0.5, 0.4), "bottleneck": (0.9, 0.15)}[form[0]]
+    expected = {"dense": (1e-6, 0.8), "fixed": (0.5, 0.4), "split": (0.4, 0.4), "bottleneck": (0.9, 0.15)}
+    residual, found = expected[form[0]]
     assert recode(made, corpus.source)["residual"] < residual
     assert (logits(made, corpus.x).argmax(1).numpy() == corpus.own).mean() > found
 
@@ -133,20 +139,23 @@ def test_labels_without_documents_stay_and_momenta_start_again(corpus, form, dty
     known = torch.from_numpy(corpus.known[names])
     group = getattr(head, "group", 1)
     touched = F.pad(known, (0, -LABELS % group)).view(-1, group).any(1).repeat_interleave(group)[:LABELS]
-    before = {name: value.clone().float() for name, value in head.state_dict().items()}
+    states = [{name: value.clone().float() for name, value in part.state_dict().items()} for _, part in head.parts()]
     spread = logits(made, corpus.x).std(0)
     recode(made, corpus.source)
-    after = {name: value.float() for name, value in head.state_dict().items()}
-    assert not (after["weight"] == before["weight"]).all(1)[known].any()
-    assert torch.equal(after["weight"][~touched], before["weight"][~touched])
-    assert torch.equal(after["bias"][~touched], before["bias"][~touched])
-    assert not after["momentum"][touched].any()
-    assert (after["momentum"][~touched] == 0.5).all()
-    if dtype != "fp32":
-        assert not after["compensation"][touched].any()
-    if "index" in after:
-        index = head.index.to(torch.int64)
-        assert (index[:, 1:] > index[:, :-1]).all()
+    for before, (first, part) in zip(states, head.parts(), strict=True):
+        after = {name: value.float() for name, value in part.state_dict().items()}
+        mine = slice(first, first + part.labels)
+        coded, free = known[mine], ~touched[mine]
+        assert not (after["weight"] == before["weight"]).all(1)[coded].any()
+        assert torch.equal(after["weight"][free], before["weight"][free])
+        assert torch.equal(after["bias"][free], before["bias"][free])
+        assert not after["momentum"][~free].any()
+        assert (after["momentum"][free] == 0.5).all()
+        if dtype != "fp32":
+            assert not after["compensation"][~free].any()
+        if "index" in after:
+            index = part.index.to(torch.int64)
+            assert (index[:, 1:] > index[:, :-1]).all()
     if (group, dtype) == (1, "fp32"):
         torch.testing.assert_close(logits(made, corpus.x).std(0), spread, rtol=0.1, atol=0)
 

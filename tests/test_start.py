@@ -17,8 +17,9 @@ from fanin.centroids import load_label_documents
 from fanin.clusters import build_clusters
 from fanin.config import Config
 from fanin.files import InputError, read_json
-from fanin.heads import Bottleneck, Dense, FixedFanIn, Head
+from fanin.heads import Bottleneck, Dense, FixedFanIn, Head, HeadTail
 from fanin.kernels.layer import index_dtype
+from fanin.label_order import frequent_first, label_order
 from fanin.start import build, forms, ranking, sparse_coding
 from fanin.start import whitening as whitening_module
 from fanin.start.build import build_start
@@ -86,6 +87,8 @@ def as_head(config: Config, state: dict[str, torch.Tensor]) -> Head:
         head = Dense(LABELS, width)
     elif config.head.kind == "bottleneck":
         head = Bottleneck(LABELS, width, config.head.bottleneck)
+    elif config.head.kind == "head_tail":
+        head = HeadTail(LABELS, width, config.head.dense_labels(LABELS), config.head.fan_in)
     else:
         head = FixedFanIn(LABELS, width, config.head.fan_in, config.head.group)
     head.load_model_state(own, "head.safetensors")
@@ -100,10 +103,11 @@ def logits(corpus, config: Config, state: dict[str, torch.Tensor], x: np.ndarray
     else:
         assert not any(name.startswith("intermediate") for name in state)
     made = as_head(config, state).logits(features, 0, LABELS).double().numpy()
-    if config.head.group == 1:
+    order = label_order(config, corpus.inputs[0], corpus.inputs[2])
+    if order is None:
         return made
     by_label = np.empty_like(made)
-    by_label[:, corpus.order] = made
+    by_label[:, order] = made
     return by_label
 
 
@@ -183,6 +187,8 @@ def test_bottleneck_start_is_the_best_of_its_rank(corpus, tmp_path, intermediate
 
 
 ALL_FORMS = [
+    settings("head_tail", 0, dense_share=0.1),
+    settings("head_tail", 40, dense_share=0.1),
     settings("dense", 0),
     settings("dense", 40),
     settings("bottleneck", 0),
@@ -242,7 +248,7 @@ def test_zero_shot_is_what_the_head_ranks(corpus, tmp_path, config):
     assert summary["zero_shot"]["P@1"] > 10  # chance is about 2; a bottleneck of 5 is narrow
 
 
-@pytest.mark.parametrize("config", ALL_FORMS[4:], ids=NAMES[4:])
+@pytest.mark.parametrize("config", ALL_FORMS[6:], ids=NAMES[6:])
 def test_indices_are_distinct_ascending_and_small(corpus, tmp_path, config):
     state, _ = run(corpus, config, tmp_path / "start")
     rows = -(-LABELS // config.head.group)
@@ -588,6 +594,24 @@ def test_a_full_fan_in_is_the_ridge_classifier(corpus, tmp_path):
     expected = expected_dense(corpus, config)
     np.testing.assert_allclose(logits(corpus, config, state, corpus.validation_x), expected, atol=0.1, rtol=0.02)
     assert summary["residual"] < 1e-3
+
+
+@pytest.mark.parametrize("intermediate", [0, 40])
+def test_a_splits_frequent_labels_have_the_ridge_classifiers_rows(corpus, tmp_path, intermediate):
+    config = settings("head_tail", intermediate, dense_share=0.2)
+    state, _ = run(corpus, config, tmp_path / "start")
+    frequent = label_order(config, corpus.inputs[0], corpus.inputs[2])[:18]
+    assert state["frequent.weight"].shape == (18, intermediate or WIDTH)
+    assert state["tail.index"].shape == (LABELS - 18, 6)
+    made, expected = logits(corpus, config, state, corpus.validation_x), expected_dense(corpus, config)
+    np.testing.assert_allclose(made[:, frequent], expected[:, frequent], atol=2e-2)
+    others = np.setdiff1d(np.arange(LABELS), frequent)
+    assert np.abs(made[:, others] - expected[:, others]).max() > 0.5  # of a few features
+
+
+def test_a_splits_first_rows_are_the_most_frequent_labels():
+    frequency = np.array([3, 9, 0, 9, 5, 1])
+    assert frequent_first(frequency, 3).tolist() == [1, 3, 4, 0, 2, 5]
 
 
 def test_counts_of_the_source(corpus, tmp_path):

@@ -35,8 +35,10 @@ def test_methods_of_the_same_bytes_have_them(method: Method) -> None:
         head = configuration(CORPORA["near"].settings | dict(of.settings), ROOT).head
         if head.kind == "bottleneck":
             return 4 * head.bottleneck
+        stored = torch.empty((), dtype=STORED[head.dtype]).itemsize
         index = torch.empty((), dtype=index_dtype(head.intermediate or WIDTH)).itemsize / head.group
-        return head.fan_in * (torch.empty((), dtype=STORED[head.dtype]).itemsize + index)
+        dense = head.dense_share * (head.intermediate or WIDTH) * stored if head.kind == "head_tail" else 0
+        return dense + (1 - bool(dense) * head.dense_share) * head.fan_in * (stored + index)
 
     own, other = bytes_a_label(method), bytes_a_label(METHODS[method.bytes_of])
     assert 0.95 * other <= own <= 1.03 * other

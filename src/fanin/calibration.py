@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fanin.data.batches import collate
 from fanin.data.tokens import TokenSet
-from fanin.heads import FixedFanIn
+from fanin.heads import FixedFanIn, Head
 from fanin.kernels.layer import decode, raw
 from fanin.metrics import contributions, csr, inverse_propensity, match
 from fanin.model import Classifier
@@ -161,23 +161,25 @@ def _newton(x: np.ndarray, y: np.ndarray, prior: np.ndarray, trust: np.ndarray) 
 @torch.inference_mode()
 def _words_part(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """What words bring to the logits of `labels` [N, C] on the documents `rows` [N]."""
-    head, device = classifier.head, classifier.device
-    part = torch.zeros(labels.shape, device=device)
-    if classifier.lexical is None or not isinstance(head, FixedFanIn):
-        return part.cpu().numpy()
+    device, total = classifier.device, torch.zeros(labels.shape, device=classifier.device)
+    if classifier.lexical is None:
+        return total.cpu().numpy()
     place = _rows_of(classifier, torch.from_numpy(labels.astype(np.int64)).to(device))
     for start in range(0, len(rows), _BATCH):
         ids, mask = collate(tokens.ids(rows[start : start + _BATCH]), 0)
         read = classifier.lexical(ids.to(device), mask.to(device))
-        own = place[start : start + _BATCH]
-        here = (own >= 0) & (own < head.labels)
-        row = own.clamp(0, head.labels - 1)
-        index = _take(head.index, row.flatten() // head.group)[:, head.inner_fan_in :].to(torch.int64) - head.inner
-        weight = decode(_take(head.weight, row.flatten()))[:, head.inner_fan_in :]
-        values = read.gather(1, index.view(len(own), -1)).view_as(weight)
-        part[start : start + _BATCH] = torch.linalg.vecdot(values, weight.float()).view_as(own) * here
-    classifier.ranks.sum_([part])
-    return part.cpu().numpy()
+        for first, head in classifier.head.parts():
+            if not isinstance(head, FixedFanIn):  # reads none
+                continue
+            own = place[start : start + _BATCH] - first
+            here = (own >= 0) & (own < head.labels)
+            row = own.clamp(0, head.labels - 1)
+            index = _take(head.index, row.flatten() // head.group)[:, head.inner_fan_in :].to(torch.int64) - head.inner
+            weight = decode(_take(head.weight, row.flatten()))[:, head.inner_fan_in :]
+            values = read.gather(1, index.view(len(own), -1)).view_as(weight)
+            total[start : start + _BATCH] += torch.linalg.vecdot(values, weight.float()).view_as(own) * here
+    classifier.ranks.sum_([total])
+    return total.cpu().numpy()
 
 
 def _take(tensor: Tensor, rows: Tensor) -> Tensor:
@@ -193,12 +195,17 @@ def _rows_of(classifier: Classifier, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _fold(classifier: Classifier, shift: Shift, frequency: np.ndarray) -> None:
-    head = classifier.head
-    own = slice(head.first, head.first + head.labels)
-    names = np.arange(own.start, own.stop) if classifier.label_order is None else classifier.label_order[own]
-    own_slopes = shift.slopes(frequency[names])
+    for first, head in classifier.head.parts():
+        own = slice(classifier.head.first + first, classifier.head.first + first + head.labels)
+        names = np.arange(own.start, own.stop) if classifier.label_order is None else classifier.label_order[own]
+        _fold_part(head, shift, frequency[names])
+
+
+def _fold_part(head: Head, shift: Shift, frequency: np.ndarray) -> None:
+    """frequency: of each row of `head`."""
+    own_slopes = shift.slopes(frequency)
     slopes, words = (torch.from_numpy(s).to(head.bias) for s in (own_slopes, shift.words_slopes(own_slopes)))
-    head.bias.mul_(slopes).add_(torch.from_numpy(shift.gains(frequency[names])).to(head.bias))
+    head.bias.mul_(slopes).add_(torch.from_numpy(shift.gains(frequency)).to(head.bias))
     weights = head.get_buffer("weight")
     inner = head.inner_fan_in if isinstance(head, FixedFanIn) else weights.shape[1]
     for start in range(0, head.labels, _ROWS):

@@ -62,12 +62,13 @@ class Start:
 
 @dataclass
 class Head:
-    kind: str = "fixed_fan_in"  # fixed_fan_in | dense | bottleneck
+    kind: str = "fixed_fan_in"  # fixed_fan_in | dense | bottleneck | head_tail (dense rows for frequent labels)
     fan_in: int = 32  # features that a label reads
     lexical: int = 0  # of these, how many are words of the document, behind the encoder's features (kind fixed_fan_in)
     profiles: int = 0  # words of a profile, which each 64th label, the most frequent, has where lexical is on and group 1
     group: int = 1  # labels that share an index row
     bottleneck: int = 64  # width of the bottleneck head's projection
+    dense_share: float = 0.004  # of the labels, the most frequent ones, that have a dense row (kind head_tail)
     intermediate: int = 1536  # width of the layer between encoder and head; 0: none
     activation: str = "linear"  # of that layer: linear | relu
     loss: str = "bce"  # bce | squared_hinge
@@ -79,6 +80,20 @@ class Head:
     def inner_fan_in(self) -> int:
         """Of `fan_in`, how many are features of the encoder."""
         return self.fan_in - self.lexical
+
+    @property
+    def sparse(self) -> bool:
+        """Whether labels, or most of them, have a fixed fan-in."""
+        return self.kind in ("fixed_fan_in", "head_tail")
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the head's rows have an order of their own (`label_order`)."""
+        return self.group > 1 or self.kind == "head_tail"
+
+    def dense_labels(self, labels: int) -> int:
+        """How many of `labels` labels have a dense row beside sparse ones."""
+        return min(max(round(self.dense_share * labels), 1), labels - 1) if self.kind == "head_tail" else 0
 
 
 @dataclass
@@ -185,7 +200,7 @@ _CHOICES = {
     "corpus.task": ("near", "relations"),
     "encoder.pooling": ("mean", "cls", "cls_layers"),
     "start.source": ("data", "random"),
-    "head.kind": ("fixed_fan_in", "dense", "bottleneck"),
+    "head.kind": ("fixed_fan_in", "dense", "bottleneck", "head_tail"),
     "head.activation": ("linear", "relu"),
     "head.loss": ("bce", "squared_hinge"),
     "head.dtype": ("fp32", "bf16", "fp8"),
@@ -217,6 +232,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "head.profiles": (0, 512),
     "head.group": (1, 1024),
     "head.bottleneck": (1, 10**6),
+    "head.dense_share": (0, 0.5),
     "head.intermediate": (0, 10**7),
     "rewiring.amount": (1e-9, 1e6),
     "rewiring.interval": (1, 10**9),
@@ -335,7 +351,7 @@ def check(config: Config) -> None:
 def _conflicts(config: Config) -> list[str]:
     head, rewiring, auxiliary, train = config.head, config.rewiring, config.auxiliary, config.train
     wrong = []
-    sparse = head.kind == "fixed_fan_in"
+    sparse = head.sparse
     words = head.lexical if sparse else 0
     if head.intermediate and sparse and head.fan_in - words > head.intermediate:
         wrong.append(
@@ -350,10 +366,10 @@ def _conflicts(config: Config) -> list[str]:
         wrong.append(f"head.fan_in: {head.fan_in} is above {FAN_IN_LIMIT}, the most that the kernels take; lower it")
     if not sparse and rewiring.method != "none":
         wrong.append(
-            f"rewiring.method: {rewiring.method} needs head.kind fixed_fan_in, but it is {head.kind}; "
+            f"rewiring.method: {rewiring.method} needs head.kind fixed_fan_in or head_tail, but it is {head.kind}; "
             "set rewiring.method to none"
         )
-    if not sparse and head.group != 1:
+    if head.kind != "fixed_fan_in" and head.group != 1:
         wrong.append(f"head.group: {head.group} is for head.kind fixed_fan_in, but it is {head.kind}; set head.group to 1")
     if head.kind == "bottleneck" and head.dtype != "fp32":
         wrong.append(f"head.dtype: {head.dtype} is not for head.kind bottleneck; set head.dtype to fp32")

@@ -33,7 +33,7 @@ def lexical_width(vocabulary: int, width: int) -> int:
 
 def lexical_sizes(head: Head, vocabulary: int, width: int, labels: int) -> tuple[int, int]:
     """C and V': the profiles and words that a head of `labels` labels reads behind `width` features of the encoder's."""
-    if head.kind != "fixed_fan_in" or not head.lexical:
+    if not head.sparse or not head.lexical:
         return 0, 0
     profiles = profile_count(head, labels)
     return profiles, lexical_width(vocabulary, width + profiles)

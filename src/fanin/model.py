@@ -76,7 +76,7 @@ class Classifier(nn.Module):
         """A classifier with a random head, as `config` describes it; deterministic given config.seed.
 
         drawn: false where a state is loaded right afterwards, so that no sparse rows are drawn only to be replaced.
-        order: [L], the labels in the order of the cluster tree; used where labels share index rows (head.group > 1).
+        order: [L], the label of each row, as `label_order.label_order` gives it; needed where rows are not label ids.
         Raises InputError naming the setting that does not fit the encoder.
         """
         settings = config.encoder
@@ -106,11 +106,9 @@ class Classifier(nn.Module):
         read = profiles + words
         head = build_head(config.head, labels, width + read, generator, ranks.share(labels, group), read, profiles, drawn)
         rows = None
-        if config.head.group > 1:
+        if config.head.ordered:
             if order is None:
-                raise InputError(
-                    "head.group: labels that share features need the order of the clusters stage; run it (dvc repro clusters)"
-                )
+                raise InputError(f"head.kind, head.group: the rows of this {config.head.kind} head need their labels' order")
             rows = torch.from_numpy(np.array(order[head.first : head.first + head.labels], dtype=np.int32))
         classifier = cls(config, encoder, intermediate, head, rows, ranks, lexical)
         classifier.label_order = None if rows is None else order
@@ -141,7 +139,7 @@ class Classifier(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head.bias.device
+        return self.head.device
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask [B, T] -> the encoder's embedding [B, D] float32."""

@@ -70,29 +70,31 @@ def recode(classifier: Classifier, source: LabelDocuments) -> dict[str, float]:
     """
     head, device = classifier.head, classifier.device
     white = whitening(source.embeddings, device)
-    form = _present_form(head, classifier.intermediate, white)
     middle = F.pad(classifier.project(white.mean[None]), (0, classifier.lexical.width if classifier.lexical else 0))
     names = np.arange(classifier.labels) if classifier.label_order is None else classifier.label_order
-    group = head.group if isinstance(head, FixedFanIn) else 1
-    size = -(-CHUNK // group) * group
     labels, error = 0, 0.0
-    for start in range(0, head.labels, size):
-        stop = min(start + size, head.labels)
-        own = names[head.first + start : head.first + stop]
-        known = torch.from_numpy(source.counts[own] > 0).to(device)
-        if not known.any():
-            continue
-        present = _rows(head, form, start, stop)
-        share = SHARE * EVIDENCE / (EVIDENCE + torch.from_numpy(source.frequency[own]).float().to(device))
-        target = _towards(present, (source.centroids(own).to(device) - white.mean) @ white.matrix, share * known)
-        chosen = _whole_groups(known, group)
-        expressed = form.express(target[chosen])
-        error += float((target[chosen] - expressed.fitted).square().sum(1)[known[chosen]].sum(dtype=torch.float64))
-        labels += int(known.sum())
-        mean = head.logits(middle, start, stop)[0]
-        scale = present[chosen].norm(dim=1) / expressed.fitted.norm(dim=1).clamp_min(1e-6)
-        _write(head, start, chosen, expressed.weight * scale[:, None], expressed.index)
-        head.bias[start:stop] += mean - head.logits(middle, start, stop)[0]
+    for first, part in head.parts():
+        form = _present_form(part, classifier.intermediate, white)
+        read = middle[:, : part.width]
+        group = part.group if isinstance(part, FixedFanIn) else 1
+        size = -(-CHUNK // group) * group
+        for start in range(0, part.labels, size):
+            stop = min(start + size, part.labels)
+            own = names[head.first + first + start : head.first + first + stop]
+            known = torch.from_numpy(source.counts[own] > 0).to(device)
+            if not known.any():
+                continue
+            present = _rows(part, form, start, stop)
+            share = SHARE * EVIDENCE / (EVIDENCE + torch.from_numpy(source.frequency[own]).float().to(device))
+            target = _towards(present, (source.centroids(own).to(device) - white.mean) @ white.matrix, share * known)
+            chosen = _whole_groups(known, group)
+            expressed = form.express(target[chosen])
+            error += float((target[chosen] - expressed.fitted).square().sum(1)[known[chosen]].sum(dtype=torch.float64))
+            labels += int(known.sum())
+            mean = part.logits(read, start, stop)[0]
+            scale = present[chosen].norm(dim=1) / expressed.fitted.norm(dim=1).clamp_min(1e-6)
+            _write(part, start, chosen, expressed.weight * scale[:, None], expressed.index)
+            part.bias[start:stop] += mean - part.logits(read, start, stop)[0]
     everyone, total = classifier.ranks.total([labels, error])
     return {"labels": everyone, "residual": total / max(everyone, 1)}
 

@@ -23,7 +23,8 @@ from fanin.devices import choose_device
 from fanin.encoder import choose_precision
 from fanin.faults import sole_run
 from fanin.files import InputError, atomic_path, read_json, sha256, write_json
-from fanin.heads import FixedFanIn
+from fanin.heads import fixed_fan_in
+from fanin.label_order import label_order
 from fanin.memory.fits import between_steps, check, job_of, memory_explained
 from fanin.model import Classifier, holds_tensors
 from fanin.ranks import ALONE, Ranks
@@ -76,7 +77,8 @@ def train(
         true_documents = len(tokens) - description["label_documents"]  # label documents follow the true ones: never held out
         train_rows, validation_rows = split(true_documents, config.train.held_out(true_documents), config.seed)
         train_rows = np.concatenate([train_rows, np.arange(true_documents, len(tokens))])
-        order, meta = (_load(clusters_folder / name, description["labels"]) for name in ("order.npy", "meta.npy"))
+        meta, _ = (_load(clusters_folder / name, description["labels"]) for name in ("meta.npy", "order.npy"))
+        order = label_order(config, tokens_folder, clusters_folder)
 
         start = start_folder / "head.safetensors"
         classifier = Classifier.build(config, description["labels"], order, ranks=ranks, drawn=not holds_tensors(start))
@@ -85,7 +87,8 @@ def train(
         classifier.to(device)
         use_before = _feature_use(classifier)
         rewired = config.rewiring.method != "none" or config.rewiring.recode_at > 0  # where not, no copy of the index is kept
-        index_before = classifier.head.index.cpu().clone() if rewired and isinstance(classifier.head, FixedFanIn) else None
+        sparse = fixed_fan_in(classifier.head)
+        index_before = sparse.index.cpu().clone() if rewired and sparse is not None else None
 
         trainer = Trainer(
             config,
@@ -177,19 +180,19 @@ def _fingerprint(config: Config, tokens: Path, clusters: Path, start: Path) -> s
 
 
 def _feature_use(classifier: Classifier) -> list[int] | None:
-    if not isinstance(classifier.head, FixedFanIn):
-        return None
-    return [int(count) for count in classifier.ranks.total(classifier.head.feature_use().tolist())]
+    sparse = fixed_fan_in(classifier.head)
+    return None if sparse is None else [int(count) for count in classifier.ranks.total(sparse.feature_use().tolist())]
 
 
 def _moved(classifier: Classifier, before: torch.Tensor | None) -> float | None:
     """The share of index entries that read a feature which their row did not read at the start."""
-    if not isinstance(classifier.head, FixedFanIn):
+    sparse = fixed_fan_in(classifier.head)
+    if sparse is None:
         return None
     if before is None:  # never rewired
         return 0.0
     new, rows = 0, 4096
-    after = classifier.head.index.cpu()
+    after = sparse.index.cpu()
     for first in range(0, len(before), rows):
         old = before[first : first + rows].to(torch.int32)
         now = after[first : first + rows].to(torch.int32)

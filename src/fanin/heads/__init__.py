@@ -14,11 +14,16 @@ from fanin.files import InputError
 from fanin.heads.dense import Bottleneck, Dense
 from fanin.heads.fixed_fan_in import FixedFanIn
 from fanin.heads.head import Head
+from fanin.heads.head_tail import HeadTail
 from fanin.kernels import Unavailable
 
+_WHOLE = {  # kinds that one process holds whole, and why
+    "bottleneck": "each would need the others' part of the projection's gradient",
+    "head_tail": "its dense rows would all be one process's",
+}
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
-__all__ = ["STORED", "Bottleneck", "Dense", "FixedFanIn", "Head", "build_head"]
+__all__ = ["STORED", "Bottleneck", "Dense", "FixedFanIn", "Head", "HeadTail", "build_head", "fixed_fan_in"]
 
 
 def build_head(
@@ -35,32 +40,27 @@ def build_head(
 
     Raises InputError where it cannot be built.
     """
+    stored: dict[str, Any] = {"dtype": STORED[settings.dtype], "rounding": settings.rounding}
     if settings.kind == "dense":
-        stored = {"dtype": STORED[settings.dtype], "rounding": settings.rounding}
         return Dense(labels, width, settings.loss, generator, part=part, **stored)
-    if settings.kind == "bottleneck":
-        if part is not None and part != (0, labels):
-            raise InputError(
-                "head.kind: bottleneck cannot share its labels over processes (each would need the others' part of the "
-                "projection's gradient); train it in one, or choose dense or fixed_fan_in"
-            )
-        return Bottleneck(labels, width, settings.bottleneck, settings.loss, generator)
-    try:
-        return FixedFanIn(
-            labels,
-            width,
-            settings.fan_in,
-            settings.group,
-            settings.loss,
-            generator,
-            dtype=STORED[settings.dtype],
-            rounding=settings.rounding,
-            backend=settings.backend,
-            part=part,
-            lexical=settings.lexical,
-            vocabulary=vocabulary,
-            profiles=profiles,
-            drawn=drawn,
+    if settings.kind in _WHOLE and part is not None and part != (0, labels):
+        raise InputError(
+            f"head.kind: {settings.kind} cannot share its labels over processes ({_WHOLE[settings.kind]}); train it in one, or "
+            "choose dense or fixed_fan_in"
         )
+    if settings.kind == "bottleneck":
+        return Bottleneck(labels, width, settings.bottleneck, settings.loss, generator)
+    sparse: dict[str, Any] = {"backend": settings.backend, "lexical": settings.lexical, "vocabulary": vocabulary}
+    sparse |= {"profiles": profiles, "drawn": drawn, **stored}
+    try:
+        if settings.kind == "head_tail":
+            dense = settings.dense_labels(labels)
+            return HeadTail(labels, width, dense, settings.fan_in, settings.loss, generator, **sparse)
+        return FixedFanIn(labels, width, settings.fan_in, settings.group, settings.loss, generator, part=part, **sparse)
     except Unavailable as reason:
         raise InputError(f"head.backend: {reason}; set it to auto") from None
+
+
+def fixed_fan_in(head: Head) -> FixedFanIn | None:
+    """The head itself or the part of it that has a fixed fan-in, None where there is none."""
+    return next((part for _, part in head.parts() if isinstance(part, FixedFanIn)), None)

@@ -63,7 +63,7 @@ class Dense(Head):
 
     def chunk(self, batch: int) -> int:
         """Labels worked on at once: about 1 MiB of logits on a CPU (it stays in the cache), 64 MiB on a GPU."""
-        budget = 2**18 if self.bias.device.type == "cpu" else 2**24
+        budget = 2**18 if self.device.type == "cpu" else 2**24
         return min(max(budget // max(batch, 1), 256), 2**16)
 
     def _step(self, x: Tensor, positives: Positives, update: Update, want_loss: bool) -> tuple[Tensor, Tensor | None]:

@@ -23,14 +23,17 @@ class Head(nn.Module, ABC):
 
     labels: L; width: D', the features it reads; loss: bce or squared_hinge; part: the first and one past the last of the
     labels that this process holds, where it shares them with other ranks (whole groups of them). Everywhere below, L and
-    the numbers of labels are then those of its own part; random numbers are those of the whole.
+    the numbers of labels are then those of its own part; random numbers are those of the whole. bias: false where its
+    `parts` have them.
     """
 
     bias: Tensor
     momentum: Tensor | None
     bias_momentum: Tensor | None
 
-    def __init__(self, labels: int, width: int, loss: str = "bce", part: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, labels: int, width: int, loss: str = "bce", part: tuple[int, int] | None = None, *, bias: bool = True
+    ) -> None:
         super().__init__()
         if loss not in LOSSES:
             raise InputError(f"head.loss: {loss!r} is not one of {', '.join(LOSSES)}")
@@ -38,8 +41,16 @@ class Head(nn.Module, ABC):
         self.whole, self.labels, self.width, self.loss = labels, last - self.first, width, loss
         self.inner = width  # of the features, those of the encoder: behind them a head may read words
         self.learnt = width  # and those that `step` returns dx of: the encoder's, and sums of words
-        # a label that never fires: the logit of one label a document, or the hinge's margin
-        self.register_buffer("bias", torch.full((self.labels,), -math.log(labels + 1) if loss == "bce" else -1.0))
+        if bias:
+            self.register_buffer("bias", torch.full((self.labels,), resting_logit(labels, loss)))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
+
+    def parts(self) -> list[tuple[int, Head]]:
+        """The heads that it consists of, each of one kind of rows, with the row that each one's first row is."""
+        return [(0, self)]
 
     # training -----------------------------------------------------------------------------------------------------
 
@@ -84,8 +95,8 @@ class Head(nn.Module, ABC):
     def _check(self, x: Tensor, positives: Positives) -> None:
         if x.ndim != 2 or x.shape[1] != self.width or not len(x):
             raise ValueError(f"x must be [B, {self.width}] with B at least 1, found {list(x.shape)}")
-        if x.device != self.bias.device:
-            raise ValueError(f"x is on {x.device}, but the head on {self.bias.device}; move one of them")
+        if x.device != self.device:
+            raise ValueError(f"x is on {x.device}, but the head on {self.device}; move one of them")
         fine = torch.stack([x[:, : self.learnt].isfinite().all(), positives.valid(self.labels, len(x))])
         finite, valid = fine.tolist()  # one wait for the device
         if not finite:
@@ -106,7 +117,9 @@ class Head(nn.Module, ABC):
         self, schedule: rewiring.Schedule, step: int, seed: int, x: Tensor, positives: Positives, ranks: Ranks = ALONE
     ) -> dict[str, float]:
         """Prune and regrow; only a sparse head can."""
-        raise InputError(f"rewiring.method: {schedule.method} needs head.kind fixed_fan_in; set rewiring.method to none")
+        raise InputError(
+            f"rewiring.method: {schedule.method} needs head.kind fixed_fan_in or head_tail; set rewiring.method to none"
+        )
 
     # inference ----------------------------------------------------------------------------------------------------
 
@@ -167,3 +180,8 @@ class Head(nn.Module, ABC):
             parts = value.flatten().split(2**24) if value.is_floating_point() else ()
             if not all(part.to(torch.float32).isfinite().all() for part in parts):  # float8 has no isfinite of its own
                 raise InputError(f"{source}: {key} holds NaN or infinite values; rerun the stage that writes it")
+
+
+def resting_logit(labels: int, loss: str) -> float:
+    """Of a label that never fires: the logit of one label a document, or the hinge's margin."""
+    return -math.log(labels + 1) if loss == "bce" else -1.0

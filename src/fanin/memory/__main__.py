@@ -83,8 +83,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _largest(job: Job, room: int, baseline: int) -> int:
-    if job.config.head.kind != "fixed_fan_in":
-        raise InputError(f"--for: only a fixed_fan_in head has a fan-in, but head.kind is {job.config.head.kind}")
+    if not job.config.head.sparse:
+        raise InputError(f"--for: only a fixed_fan_in or head_tail head has a fan-in, but head.kind is {job.config.head.kind}")
     found = advice.largest_fan_in(job, room, baseline)
     if found is None:
         least = advice.least_fan_in(job)

@@ -65,7 +65,7 @@ def changes(config: Config) -> list[Change]:
         offer(3, train__encoder_moments="bf16")
     if train.momentum:
         offer(8, train__momentum=0.0)
-    if head.kind == "fixed_fan_in":
+    if head.sparse:
         for harm, dtype in ((4, "bf16"), (10, "fp8")):
             if _below(dtype, head.dtype):
                 offer(harm, head__dtype=dtype)

@@ -7,6 +7,7 @@ gradients grow), update (AdamW), rewire. The peak is that of the highest phase. 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -148,7 +149,8 @@ def predict(
     features = inner + profiles + words
     layer = head.intermediate * (width + 1)
     trained = encoder.parameters + layer
-    sizes = head_bytes(head, labels, features, momentum=config.train.momentum > 0, profiles=profiles)
+    lexical = profiles + words
+    sizes = head_bytes(head, labels, features, momentum=config.train.momentum > 0, profiles=profiles, lexical=lexical)
     meta = min(config.clusters.meta_labels, whole) if config.auxiliary.enabled else 0
     moments = MOMENTS[config.train.encoder_moments].itemsize
     checkpointing = config.encoder.checkpointing
@@ -159,7 +161,7 @@ def predict(
         tail += _FLOAT * own * features
     activations = encoder.saved(own, tokens, device, precision, checkpointing) + tail
     forward, backward = encoder.temporaries(own, tokens, device, precision, checkpointing)
-    order = 0 if head.group == 1 else 4 * labels + (8 * whole if device == "cpu" else 0)  # and its inverse, on the host
+    order = 0 if not head.ordered else 4 * labels + (8 * whole if device == "cpu" else 0)  # and its inverse, on the host
     branch = 2 * _FLOAT * own * meta  # targets and logits
     waiting = _FLOAT * trained if config.train.accumulation > 1 else 0  # gradients of earlier micro-batches
     gradients = _FLOAT * (trained + meta * (width + 1))
@@ -177,8 +179,9 @@ def predict(
         ),
         "update": Phase(gradients=gradients, temporaries=updating),
     }
-    if head.kind == "fixed_fan_in" and config.rewiring.method != "none":
-        rewire = rewire_buffers(head, labels, inner, batch, config.rewiring.method, config.rewiring.prune, features - inner)
+    if head.sparse and config.rewiring.method != "none":
+        method, prune, rows = config.rewiring.method, config.rewiring.prune, labels - head.dense_labels(labels)
+        rewire = rewire_buffers(head, rows, inner, batch, method, prune, lexical)
         phases["rewire"] = Phase(temporaries=rewire + tail)
     return Plan(
         baseline=baseline,
@@ -195,8 +198,16 @@ def predict(
     )
 
 
-def head_bytes(head: HeadSettings, labels: int, features: int, *, momentum: bool, profiles: int = 0) -> dict[str, int]:
-    """What `model.Classifier.head_bytes` gives for this head, without building it; profiles: C, which every rank has."""
+def head_bytes(
+    head: HeadSettings, labels: int, features: int, *, momentum: bool, profiles: int = 0, lexical: int = 0
+) -> dict[str, int]:
+    """What `model.Classifier.head_bytes` gives for this head, without building it; profiles: C, which every rank has; lexical:
+    C + V' of the features."""
+    if dense := head.dense_labels(labels):
+        inner = features - lexical
+        own = head_bytes(dataclasses.replace(head, kind="dense"), dense, inner, momentum=momentum)
+        rest = head_bytes(dataclasses.replace(head, kind="fixed_fan_in"), labels - dense, features, momentum=momentum)
+        return {name: own[name] + rest[name] for name in own}
     entry = STORED[head.dtype].itemsize
     weights, indices = labels * features, 0
     if head.kind == "bottleneck":
@@ -217,6 +228,11 @@ def head_bytes(head: HeadSettings, labels: int, features: int, *, momentum: bool
 
 def step_buffers(head: HeadSettings, labels: int, features: int, batch: int, device: str = "cpu", words: int = 0) -> int:
     """What `heads.Head.step` allocates at its highest; words: how many of the features those are."""
+    if dense := head.dense_labels(labels):  # the tail's step, then that of the dense rows beside the tail's dx
+        inner = features - words
+        rest = step_buffers(dataclasses.replace(head, kind="fixed_fan_in"), labels - dense, features, batch, device, words)
+        own = step_buffers(dataclasses.replace(head, kind="dense"), dense, inner, batch, device)
+        return max(rest, own + _FLOAT * batch * inner * (2 if words else 1))
     if head.kind == "fixed_fan_in":
         step = kernels.step_bytes(
             head.backend,

@@ -21,6 +21,7 @@ from transformers import BertConfig
 
 from fanin.config import Config
 from fanin.encoder import Encoder, load_description, load_tokenizer
+from fanin.heads import FixedFanIn
 from fanin.memory.peaks import Peaks, current, pin_allocator, release_allocator, trim_allocator
 from fanin.memory.shapes import random_encoder
 from fanin.model import Classifier
@@ -117,7 +118,7 @@ def random_classifier(
     """A classifier as `config` describes it, around `model`, with any weights and indices; built without a label corpus."""
     settings = config.encoder
     encoder = Encoder(model, tokenizer, settings.pooling, settings.layers, settings.dropout)
-    order = np.arange(labels, dtype=np.int32) if config.head.group > 1 else None
+    order = np.arange(labels, dtype=np.int32) if config.head.ordered else None
     with torch.device("meta"):  # drawing random indices for millions of labels would take minutes
         classifier = Classifier.build(config, labels, order, encoder)
     classifier.precision = precision
@@ -129,14 +130,15 @@ def random_classifier(
         if lexical.profiles is not None:
             _spread(lexical.profiles.index, lexical.words)
             torch.nn.init.ones_(lexical.profiles.weight)
-    head: Any = classifier.head.to_empty(device=device)
-    for name, buffer in head.named_buffers():
-        if name == "index":
-            inner = head.inner_fan_in
-            _spread(buffer[:, :inner], head.inner)
-            _spread(buffer[:, inner:], head.width - head.inner, head.inner)
-        else:
-            buffer.fill_(-1.0) if name == "bias" else _scatter(buffer)
+    classifier.head.to_empty(device=device)
+    for _, head in classifier.head.parts():
+        for name, buffer in head.named_buffers():
+            if isinstance(head, FixedFanIn) and name == "index":
+                inner = head.inner_fan_in
+                _spread(buffer[:, :inner], head.inner)
+                _spread(buffer[:, inner:], head.width - head.inner, head.inner)
+            else:
+                buffer.fill_(-1.0) if name == "bias" else _scatter(buffer)
     return classifier.to(device)
 
 

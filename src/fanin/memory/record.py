@@ -92,8 +92,8 @@ def _run(job: Job, role: str, measured: Mapping[str, Any] | None, baseline: int)
         "role": role,
         "labels": job.labels,
         "features": job.features,
-        "fan_in": head.fan_in if head.kind == "fixed_fan_in" else None,
-        "group": head.group if head.kind == "fixed_fan_in" else None,
+        "fan_in": head.fan_in if head.sparse else None,
+        "group": head.group if head.sparse else None,
         "predicted_mib": _mib(plan.parts() | {"peak": plan.peak}),
         "predicted_phase": plan.phase,
         "predicted_phases_mib": _mib({name: plan.resident + phase.total for name, phase in plan.phases.items()}),
@@ -129,7 +129,8 @@ def _scale(job: Job, measured: Mapping[str, Any] | None, baseline: int) -> dict[
 def _weights(job: Job) -> int:
     """Bytes of the trained head's weights and indices; the biases are the same in every head."""
     head, profiles = job.config.head, profile_count(job.config.head, job.labels)
-    sizes = head_bytes(head, job.labels, job.features, momentum=False, profiles=profiles)
+    lexical = job.features - job.inner
+    sizes = head_bytes(head, job.labels, job.features, momentum=False, profiles=profiles, lexical=lexical)
     return sizes["weights"] + sizes["indices"]
 
 

@@ -13,7 +13,12 @@ from fanin.memory.plan import Plan
 def title(job: Job) -> str:
     """One line: what is planned."""
     head, config = job.config.head, job.config
-    sizes = {"fixed_fan_in": f"K = {head.fan_in}, G = {head.group}, {head.dtype}", "bottleneck": f"rank {head.bottleneck}"}
+    dense = head.dense_labels(job.labels)
+    sizes = {
+        "fixed_fan_in": f"K = {head.fan_in}, G = {head.group}, {head.dtype}",
+        "head_tail": f"{dense:,} dense rows, K = {head.fan_in}, {head.dtype}",
+        "bottleneck": f"rank {head.bottleneck}",
+    }
     shape = sizes.get(head.kind, "fp32")
     profiles, words = lexical_sizes(head, job.shape.vocabulary, job.inner, job.labels)
     beside = (f", {profiles} profiles" if profiles else "") + (f" and {words} words" if words else "")

@@ -136,7 +136,7 @@ def head_in_words(config: Config, train: Mapping[str, Any]) -> str:
     head = config.head
     width = len(train.get("feature_use") or []) or head.intermediate
     over = f" of {width:,} features" if width else " features"
-    if head.kind == "fixed_fan_in":
+    if head.sparse:
         changes = [] if config.rewiring.method == "none" else [f"rewired by {METHODS[config.rewiring.method]}"]
         if config.rewiring.recode_at:
             refitted = " and refitted" if config.rewiring.refit_epochs else ""
@@ -144,7 +144,10 @@ def head_in_words(config: Config, train: Mapping[str, Any]) -> str:
         shared = f", groups of {head.group}" if head.group > 1 else ""
         words = f" and {head.lexical} words" if head.lexical else ""
         words += f" (frequent ones a profile of {head.profiles})" if train.get("profiles") else ""
-        return f"fixed fan-in: each label reads {head.inner_fan_in}{over}{words}{shared}, {', '.join(changes) or 'static'}"
+        reads = f"reads {head.inner_fan_in}{over}{words}{shared}, {', '.join(changes) or 'static'}"
+        if head.kind == "head_tail":
+            return f"split: the most frequent {head.dense_share:.2%} of labels dense; each other label {reads}"
+        return f"fixed fan-in: each label {reads}"
     if head.kind == "bottleneck":
         return f"dense bottleneck of {head.bottleneck}"
     return "dense"

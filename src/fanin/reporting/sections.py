@@ -19,7 +19,7 @@ MOST_LABELS = 12  # labels of one document that the page lists
 LONGEST_TEXT = 600  # characters of a document that the page shows
 LONGEST_LABEL = 120
 GROUPS = ("head", "torso", "tail")
-HEAD_NAMES = {"fixed_fan_in": "fixed fan-in", "dense": "dense", "bottleneck": "bottleneck"}
+HEAD_NAMES = {"fixed_fan_in": "fixed fan-in", "dense": "dense", "bottleneck": "bottleneck", "head_tail": "head/tail split"}
 # memory's parts, in the order of the bars: key -> (name, the page's colour)
 PARTS = {
     "baseline": ("process", 6),
@@ -155,7 +155,7 @@ def memory(records: Records, config: Config) -> dict[str, Any]:
 
 def fan_in(records: Records, config: Config) -> dict[str, Any] | None:
     """Which features labels read; None for a head that reads them all."""
-    if config.head.kind != "fixed_fan_in":
+    if not config.head.sparse:
         return None
     train = records.json("reports/train.json")
     use = train.get("feature_use") or []

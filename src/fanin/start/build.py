@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,10 @@ from fanin.data.tokens import TokenSet
 from fanin.devices import choose_device
 from fanin.files import InputError, atomic_path, read_json, write_json
 from fanin.kernels.layer import index_dtype
+from fanin.label_order import label_order
 from fanin.lexical import NORM, lexical_sizes
 from fanin.profiles import choose_profiled
-from fanin.start.forms import CHUNK, Expressed, fit_form
+from fanin.start.forms import CHUNK, Expressed, FixedFanIn, Form, fit_form
 from fanin.start.ranking import Ranking
 from fanin.start.whitening import whitening
 from fanin.start.words import LIFT, LabelWords, choose_rows
@@ -48,16 +49,16 @@ def build_start(
     """Write head.safetensors and start.json to `out`; return start.json's content.
 
     The file holds what the head's `load_model_state` takes, and `intermediate.weight` and `.bias` where there is that
-    layer; it holds no tensor where `start.source` is random. For groups the rows are labels in the order of the
-    clusters. Labels without an embedded document get zero weights, and the features of their group or else random ones.
-    Raises InputError where the inputs do not fit together or the head asks for more features than there are.
+    layer; it holds no tensor where `start.source` is random. The rows are labels in the order of `label_order`. Labels
+    without an embedded document get zero weights, and the features of their group or else random ones. Raises InputError
+    where the inputs do not fit together or the head asks for more features than there are.
     """
     tensors: dict[str, Tensor] = {}
     summary: dict[str, Any] = dict.fromkeys(("zero_shot", "residual", "atoms", "documents"))
     if config.start.source == "data":
         source = load_label_documents(tokens_folder, embeddings_folder)
         words = _words(config, Path(tokens_folder), Path(embeddings_folder), source)
-        order = _order(Path(clusters_folder) / "order.npy", source.labels, config.head.group)
+        order = label_order(config, tokens_folder, clusters_folder)
         ranking = Ranking.open(Path(tokens_folder), Path(embeddings_folder), source.labels, words)
         tensors, summary = start_from_data(config, source, order, ranking, words)
     summary = {"source": config.start.source, **summary}
@@ -70,9 +71,10 @@ def build_start(
 
 
 def start_from_data(
-    config: Config, source: LabelDocuments, order: np.ndarray, ranking: Ranking, words: LabelWords | None = None
+    config: Config, source: LabelDocuments, order: np.ndarray | None, ranking: Ranking, words: LabelWords | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The head's state, its rows the labels in this order, and what start.json says of it but for the source."""
+    """The head's state, its rows the labels in this order (None: by id), and what start.json says of it but for the source."""
+    order = np.arange(source.labels) if order is None else order.astype(np.int64)
     head, device = config.head, choose_device(config.train.device)
     generator = torch.Generator().manual_seed(config.seed)
     white = whitening(source.embeddings, device)
@@ -89,33 +91,36 @@ def start_from_data(
         for start in range(0, source.labels, chunk):
             yield F.normalize(targets(order[start : start + chunk]), dim=1)
 
-    chosen, weight = _sample(source, order, group, generator)
+    dense = head.dense_labels(source.labels)
+    chosen, weight = _sample(source, order[dense:], group, generator)
     sample = F.normalize(targets(chosen), dim=1) * weight.sqrt().to(device)[:, None]
     form = fit_form(config, white, sample, everything(), generator)
     del sample
     bias = _biases(config, source, order)
     state: dict[str, Tensor] = {"bias": bias}
     error = 0.0
-    visits = _alike_together(source) if group == 1 else np.arange(source.labels)
-    for start in range(0, source.labels, chunk):
-        rows = visits[start : start + chunk]
+    visits = np.argsort(order)[_alike_together(source)] if group == 1 else np.arange(source.labels)
+    for part, rows in _chunks(_parts(form, words, dense, source.labels), visits, chunk):
         target = targets(order[rows])
         unit = F.normalize(target, dim=1)
-        expressed = form.express(unit)
+        expressed = part.form.express(unit)
         error += float((unit - expressed.fitted).square().sum(dtype=torch.float64))
         scale = _scale(config, expressed.fitted, target)
         expressed = expressed._replace(weight=expressed.weight * scale[:, None], fitted=expressed.fitted * scale[:, None])
         inner = head.intermediate or source.width
         read = lift = None
-        if words is not None and expressed.index is not None:
-            read, lift = (tensor.to(device) for tensor in words.of(order[rows], head.lexical, group))
+        if part.words is not None and expressed.index is not None:
+            read, lift = (tensor.to(device) for tensor in part.words.of(order[rows], head.lexical, group))
             index = torch.cat([expressed.index, read + inner], 1)
             expressed = expressed._replace(weight=torch.cat([expressed.weight, lift], 1), index=index)
             read = read.repeat_interleave(group, 0)[: len(rows)]
         ranking.offer(expressed.fitted, bias[rows].to(device), order[rows], read, lift)
-        _store(state, expressed, rows, group, source.labels, inner + (words.width if words else 0))
+        _store(state, part, expressed, rows - part.first, group, inner + (words.width if words else 0))
         if not head.intermediate:  # the head reads x, not x - mean
             bias[rows] -= (expressed.fitted @ (white.matrix @ white.mean)).cpu()
+    if dense:  # each part has its own biases
+        state |= {"frequent.bias": bias[:dense].clone(), "tail.bias": bias[dense:].clone()}
+        del state["bias"]
     state |= {name: tensor.cpu().contiguous() for name, tensor in form.layers.items()}
     if words is not None:
         state |= {f"lexical.{name}": tensor for name, tensor in words.lexical.state_dict().items()}
@@ -129,7 +134,7 @@ def start_from_data(
 
 def _words(config: Config, tokens_folder: Path, embeddings_folder: Path, source: LabelDocuments) -> LabelWords | None:
     """The labels' words in all training documents, embedded or not; None where the head reads none."""
-    if config.head.kind != "fixed_fan_in" or not config.head.lexical:
+    if not config.head.sparse or not config.head.lexical:
         return None
     tokens = TokenSet.open(tokens_folder / "train.arrow")
     embedded, held_out = (np.load(embeddings_folder / name) for name in ("documents.npy", "validation_documents.npy"))
@@ -188,15 +193,41 @@ def _alike_together(source: LabelDocuments) -> np.ndarray:
     return np.argsort(document, kind="stable") if 2 * coded <= source.labels else np.arange(source.labels)
 
 
-def _store(state: dict[str, Tensor], expressed: Expressed, rows: np.ndarray, group: int, labels: int, width: int) -> None:
-    """Put a chunk's weights and indices into these rows of the state, which is allocated by the first chunk."""
-    if "weight" not in state:
-        state["weight"] = torch.empty(labels, expressed.weight.shape[1])
+class _Part(NamedTuple):
+    """Rows first..last-1 of the head, which have one form; what their tensors' names begin with."""
+
+    prefix: str
+    first: int
+    last: int
+    form: Form
+    words: LabelWords | None
+
+
+def _parts(form: Form, words: LabelWords | None, dense: int, labels: int) -> list[_Part]:
+    if not dense:
+        return [_Part("", 0, labels, form, words)]
+    assert isinstance(form, FixedFanIn)
+    return [_Part("frequent.", 0, dense, form.dense, None), _Part("tail.", dense, labels, form, words)]
+
+
+def _chunks(parts: list[_Part], visits: np.ndarray, size: int) -> Iterator[tuple[_Part, np.ndarray]]:
+    """Each part's rows, `size` at a time, in the order of `visits` [L]."""
+    for part in parts:
+        own = visits[(visits >= part.first) & (visits < part.last)]
+        for start in range(0, len(own), size):
+            yield part, own[start : start + size]
+
+
+def _store(state: dict[str, Tensor], part: _Part, expressed: Expressed, rows: np.ndarray, group: int, width: int) -> None:
+    """Put a chunk's weights and indices into these rows of the part's state, which is allocated by the first chunk."""
+    weight, index, labels = f"{part.prefix}weight", f"{part.prefix}index", part.last - part.first
+    if weight not in state:
+        state[weight] = torch.empty(labels, expressed.weight.shape[1])
         if expressed.index is not None:
-            state["index"] = torch.empty(-(-labels // group), expressed.index.shape[1], dtype=index_dtype(width))
-    state["weight"].numpy()[rows] = expressed.weight.cpu()
+            state[index] = torch.empty(-(-labels // group), expressed.index.shape[1], dtype=index_dtype(width))
+    state[weight].numpy()[rows] = expressed.weight.cpu()
     if expressed.index is not None:  # through numpy: torch does not scatter uint16
-        state["index"].numpy()[rows[::group] // group] = expressed.index.cpu()
+        state[index].numpy()[rows[::group] // group] = expressed.index.cpu()
 
 
 def _sample(source: LabelDocuments, order: np.ndarray, group: int, generator: torch.Generator) -> tuple[np.ndarray, Tensor]:
@@ -223,18 +254,3 @@ def _sample(source: LabelDocuments, order: np.ndarray, group: int, generator: to
     places = places[places < len(order)]
     weight = source.frequency[order[places]].clip(1) * share[places // group]
     return order[places], torch.from_numpy(weight / weight.mean()).float()
-
-
-def _order(path: Path, labels: int, group: int) -> np.ndarray:
-    """[L] int64: the label of each row of the head. Raises InputError where order.npy is not a permutation of the labels."""
-    if group == 1:
-        return np.arange(labels)
-    try:
-        order = np.load(path).astype(np.int64)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; run the stage clusters (dvc repro clusters)") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a whole .npy file ({error}); rerun the stage clusters") from None
-    if order.shape != (labels,) or not np.array_equal(np.sort(order), np.arange(labels)):
-        raise InputError(f"{path}: expected each of the {labels} labels once; rerun the stage clusters")
-    return order

@@ -73,6 +73,12 @@ class FixedFanIn:
     generator: torch.Generator
     layers: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def dense(self) -> Dense:
+        """The form of rows that read all of the features that these choose from."""
+        unfold = self.atoms * self.lengths[:, None]
+        return Dense(torch.linalg.pinv(unfold), unfold)
+
     def express(self, rows: Tensor) -> Expressed:
         """A group of zero rows only has nothing to choose features by: it gets random ones.
 
@@ -121,7 +127,7 @@ def fit_form(
     Raises InputError where the head reads more features, or has a wider bottleneck, than there are.
     """
     head, width = config.head, len(white.mean)
-    if head.kind == "fixed_fan_in":
+    if head.sparse:
         fan_in = head.inner_fan_in
         if fan_in > (head.intermediate or width):
             raise InputError(

@@ -70,7 +70,7 @@ def open_pipeline(outbox: Outbox, owner: Owner, command: Sequence[str]) -> Journ
 def run_name(config: Config) -> str:
     """$FANIN_RUN_NAME, else the DVC experiment's name, else what distinguishes the run."""
     head = config.head
-    if head.kind == "fixed_fan_in":
+    if head.sparse:
         size = f" K{head.fan_in}" + (f" G{head.group}" if head.group > 1 else "")
     else:
         size = f" R{head.bottleneck}" if head.kind == "bottleneck" else ""
