@@ -79,6 +79,7 @@ CPU_CASES = {
     "sparse-670k": sparse(AMAZON_670K),
     "dense-670k": rival("dense", AMAZON_670K),
     "bottleneck-670k": rival("bottleneck", AMAZON_670K),
+    "head-tail-670k": sparse(AMAZON_670K, kind="head_tail", dense_share=0.01),
     "sparse-670k-rigl": changed(sparse(AMAZON_670K), rewiring__method="rigl"),
     "sparse-670k-long": sparse(AMAZON_670K, shape=LONG),
     "sparse-670k-checkpointing": changed(sparse(AMAZON_670K, shape=LONG), encoder__checkpointing=True),
@@ -149,7 +150,7 @@ def main() -> int:
 
 def described(name: str, case: Case, job: Job) -> dict[str, Any]:
     head, train = job.config.head, job.config.train
-    fixed = head.kind == "fixed_fan_in"
+    fixed = head.sparse
     return {
         "name": name,
         "head": head.kind,
