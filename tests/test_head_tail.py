@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fanin.config import Config, check
 from fanin.config import Head as HeadSettings
 from fanin.files import InputError
-from fanin.heads import HeadTail, build_head, fixed_fan_in
+from fanin.heads import HeadTail, build_head, sparse_part
 from fanin.kernels.reference import expand
 from fanin.model import Classifier
 from fanin.objectives import Positives
@@ -150,7 +150,7 @@ def test_a_label_that_never_fires_rests_where_it_does_in_other_heads():
     head = build_head(HeadSettings(kind="head_tail", fan_in=8, dense_share=0.1), LABELS, 40)
     assert isinstance(head, HeadTail)
     assert head.frequent.labels == 30
-    assert fixed_fan_in(head) is head.tail
+    assert sparse_part(head) is head.tail
     for _, part in head.parts():
         assert torch.equal(part.bias, plainly.bias[: part.labels])
 

@@ -23,7 +23,7 @@ from fanin.devices import choose_device
 from fanin.encoder import choose_precision
 from fanin.faults import sole_run
 from fanin.files import InputError, atomic_path, read_json, sha256, write_json
-from fanin.heads import fixed_fan_in
+from fanin.heads import sparse_part
 from fanin.label_order import label_order
 from fanin.memory.fits import between_steps, check, job_of, memory_explained
 from fanin.model import Classifier, holds_tensors
@@ -87,7 +87,7 @@ def train(
         classifier.to(device)
         use_before = _feature_use(classifier)
         rewired = config.rewiring.method != "none" or config.rewiring.recode_at > 0  # where not, no copy of the index is kept
-        sparse = fixed_fan_in(classifier.head)
+        sparse = sparse_part(classifier.head)
         index_before = sparse.index.cpu().clone() if rewired and sparse is not None else None
 
         trainer = Trainer(
@@ -180,13 +180,13 @@ def _fingerprint(config: Config, tokens: Path, clusters: Path, start: Path) -> s
 
 
 def _feature_use(classifier: Classifier) -> list[int] | None:
-    sparse = fixed_fan_in(classifier.head)
+    sparse = sparse_part(classifier.head)
     return None if sparse is None else [int(count) for count in classifier.ranks.total(sparse.feature_use().tolist())]
 
 
 def _moved(classifier: Classifier, before: torch.Tensor | None) -> float | None:
     """The share of index entries that read a feature which their row did not read at the start."""
-    sparse = fixed_fan_in(classifier.head)
+    sparse = sparse_part(classifier.head)
     if sparse is None:
         return None
     if before is None:  # never rewired

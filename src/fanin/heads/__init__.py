@@ -23,7 +23,7 @@ _WHOLE = {  # kinds that one process holds whole, and why
 }
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
-__all__ = ["STORED", "Bottleneck", "Dense", "FixedFanIn", "Head", "HeadTail", "build_head", "fixed_fan_in"]
+__all__ = ["STORED", "Bottleneck", "Dense", "FixedFanIn", "Head", "HeadTail", "build_head", "sparse_part"]
 
 
 def build_head(
@@ -61,6 +61,6 @@ def build_head(
         raise InputError(f"head.backend: {reason}; set it to auto") from None
 
 
-def fixed_fan_in(head: Head) -> FixedFanIn | None:
+def sparse_part(head: Head) -> FixedFanIn | None:
     """The head itself or the part of it that has a fixed fan-in, None where there is none."""
     return next((part for _, part in head.parts() if isinstance(part, FixedFanIn)), None)
