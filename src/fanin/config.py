@@ -64,8 +64,8 @@ class Start:
 class Head:
     kind: str = "fixed_fan_in"  # fixed_fan_in | dense | bottleneck | head_tail (dense rows for frequent labels)
     fan_in: int = 32  # features that a label reads
-    lexical: int = 0  # of these, how many are words of the document, behind the encoder's features (kind fixed_fan_in)
-    profiles: int = 0  # words of a profile, which each 64th label, the most frequent, has where lexical is on and group 1
+    lexical: int = 0  # of these, how many are words of the document, behind the encoder's features
+    profiles: int = 0  # words of a profile, which each 64th label, the most frequent, has (kind fixed_fan_in, lexical, group 1)
     group: int = 1  # labels that share an index row
     bottleneck: int = 64  # width of the bottleneck head's projection
     dense_share: float = 0.004  # of the labels, the most frequent ones, that have a dense row (kind head_tail)
