@@ -68,7 +68,7 @@ def _poison():
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.timeout(600)
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-x", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-n", "2", "-x", "-p", "no:cacheprovider", __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
