@@ -11,7 +11,7 @@ import torch
 from fanin import calibration
 from fanin.calibration import Shift, calibrate, fit
 from fanin.config import Config
-from fanin.heads import STORED, Bottleneck, Dense, FixedFanIn, HeadTail
+from fanin.heads import STORED, Bottleneck, Dense, FixedFanIn, HeadTail, sparse_part
 from fanin.lexical import NORM, Lexical
 from fanin.ranks import ALONE
 
@@ -108,19 +108,18 @@ def classifier(kind: str, group: int, dtype: str, lexical: bool):
         head = Dense(LABELS, WIDTH, "bce", generator, dtype=STORED[dtype], rounding="kahan")
     elif kind == "bottleneck":
         head = Bottleneck(LABELS, WIDTH, 8, "bce", generator)
-    elif kind == "split":
-        extra = {"lexical": WORDS, "vocabulary": VOCABULARY} if lexical else {}
-        width, fan_in = WIDTH + VOCABULARY * lexical, 6 + WORDS * lexical
-        head = HeadTail(LABELS, width, 9, fan_in, "bce", generator, dtype=STORED[dtype], rounding="kahan", **extra)
-        if lexical:
-            head.tail.weight[:, 6:] = torch.rand(LABELS - 9, WORDS, generator=generator) * (2 / NORM)
     else:
         extra = {"lexical": WORDS, "vocabulary": VOCABULARY} if lexical else {}
+        extra |= {"dtype": STORED[dtype], "rounding": "kahan"}
         width, fan_in = WIDTH + VOCABULARY * lexical, 6 + WORDS * lexical
-        head = FixedFanIn(LABELS, width, fan_in, group, "bce", generator, dtype=STORED[dtype], rounding="kahan", **extra)
+        if kind == "split":
+            head = HeadTail(LABELS, width, 9, fan_in, "bce", generator, **extra)
+        else:
+            head = FixedFanIn(LABELS, width, fan_in, group, "bce", generator, **extra)
+        sparse = sparse_part(head)
         if lexical:
-            value = torch.rand(LABELS, WORDS, generator=generator) * (2 / NORM)
-            head.weight[:, 6:] = value.to(head.weight.dtype)
+            value = torch.rand(sparse.labels, WORDS, generator=generator) * (2 / NORM)
+            sparse.weight[:, 6:] = value.to(sparse.weight.dtype)
     for _, part in head.parts():
         part.bias.uniform_(-3, -1, generator=generator)
     table = torch.randn(VOCABULARY, WIDTH, generator=generator)

@@ -37,8 +37,8 @@ def test_methods_of_the_same_bytes_have_them(method: Method) -> None:
             return 4 * head.bottleneck
         stored = torch.empty((), dtype=STORED[head.dtype]).itemsize
         index = torch.empty((), dtype=index_dtype(head.intermediate or WIDTH)).itemsize / head.group
-        dense = head.dense_share * (head.intermediate or WIDTH) * stored if head.kind == "head_tail" else 0
-        return dense + (1 - bool(dense) * head.dense_share) * head.fan_in * (stored + index)
+        dense = head.dense_share if head.kind == "head_tail" else 0
+        return dense * (head.intermediate or WIDTH) * stored + (1 - dense) * head.fan_in * (stored + index)
 
     own, other = bytes_a_label(method), bytes_a_label(METHODS[method.bytes_of])
     assert 0.95 * other <= own <= 1.03 * other

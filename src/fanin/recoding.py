@@ -108,7 +108,7 @@ def _present_form(head: Head, intermediate: nn.Linear | None, white: Whitening) 
         return forms.FixedFanIn(unfold / lengths[:, None], lengths, head.inner_fan_in, head.group, generator)
     if isinstance(head, Bottleneck):
         unfold = head.projection @ unfold
-    return forms.Dense(torch.linalg.pinv(unfold), unfold)
+    return forms.Dense.over(unfold)
 
 
 def _rows(head: Head, form: Form, start: int, stop: int) -> Tensor:

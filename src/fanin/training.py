@@ -77,6 +77,7 @@ def train(
         true_documents = len(tokens) - description["label_documents"]  # label documents follow the true ones: never held out
         train_rows, validation_rows = split(true_documents, config.train.held_out(true_documents), config.seed)
         train_rows = np.concatenate([train_rows, np.arange(true_documents, len(tokens))])
+        # order.npy too, which only groups read: the fingerprint names both
         meta, _ = (_load(clusters_folder / name, description["labels"]) for name in ("meta.npy", "order.npy"))
         order = label_order(config, tokens_folder, clusters_folder)
 

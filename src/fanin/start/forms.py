@@ -54,6 +54,11 @@ class Dense:
     unfold: Tensor  # [D', D]
     layers: dict[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def over(cls, unfold: Tensor) -> Dense:
+        """That of the least weights over features which are `unfold` of z."""
+        return cls(torch.linalg.pinv(unfold), unfold)
+
     def express(self, rows: Tensor) -> Expressed:
         weight = rows @ self.fold
         return Expressed(weight, None, self.fitted(weight, None))
@@ -76,8 +81,7 @@ class FixedFanIn:
     @property
     def dense(self) -> Dense:
         """The form of rows that read all of the features that these choose from."""
-        unfold = self.atoms * self.lengths[:, None]
-        return Dense(torch.linalg.pinv(unfold), unfold)
+        return Dense.over(self.atoms * self.lengths[:, None])
 
     def express(self, rows: Tensor) -> Expressed:
         """A group of zero rows only has nothing to choose features by: it gets random ones.
