@@ -104,5 +104,5 @@ def _digest(folder: Path) -> str:
 def stage_code(*stages: str) -> str:
     """A hash of the source files that dvc.yaml names among the deps of these stages."""
     listed = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    files = sorted({dep for stage in stages for dep in listed[stage]["deps"] if dep.endswith((".py", ".cpp"))})
+    files = sorted({dep for stage in stages for dep in listed[stage]["deps"] if dep.endswith((".py", ".cpp", ".h"))})
     return hashlib.sha256("\n".join(f"{file} {sha256(file)}" for file in files).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Layers, batches and comparisons for the tests of the Triton backend, in the interpreter and on a GPU."""
+"""Layers, batches and comparisons for the tests of the backends: in the interpreter and on a GPU for Triton."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ from fanin.kernels import Backend, Layer, Update
 from fanin.kernels.reference import Reference
 
 BF16, FP8, FP32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
+# labels, width, fan-in, batch, group: ragged sizes, every kind of K, one label, one document, several panels of documents
+SHAPES = [
+    (1, 5, 3, 1, 1),
+    (70, 48, 7, 5, 1),
+    (203, 300, 32, 64, 1),
+    (64, 70000, 8, 3, 1),
+    (130, 40, 33, 130, 1),
+    (37, 48, 1, 5, 16),
+    (203, 300, 40, 130, 16),
+    (97, 64, 64, 100, 8),
+    (70, 520, 512, 33, 64),
+    (300, 200, 100, 48, 128),
+    (50, 30, 12, 9, 3),
+]
 _TENSORS = ("weight", "index", "bias", "momentum", "bias_momentum", "compensation")
 # Below float32, dL/dlogits are rounded to the 8 bits of a bfloat16 (and x, but here it is exact in them).
 TOLERANCE = {FP32: 2e-6, BF16: 5e-3, FP8: 5e-3}
@@ -29,11 +43,12 @@ def case(
     kahan=False,
     bias=True,
     wide=False,
+    rounded=True,
     seed=0,
 ) -> tuple[Layer, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A layer, x, and positives: none for most labels, every document for one, and the last label's last document.
 
-    wide: int32 indices even where uint16 would do. x is exact in bfloat16 where the arithmetic will be.
+    wide: int32 indices even where uint16 would do. rounded: x is exact in bfloat16 where the arithmetic will be.
     """
     generator = torch.Generator().manual_seed(seed + labels * width + group)
 
@@ -55,7 +70,7 @@ def case(
     y[min(3, labels - 1)] = True
     y[labels - 1, batch - 1] = True
     x = normal(batch, width)
-    return layer, x if weights == FP32 else x.to(BF16).float(), *y.nonzero(as_tuple=True)
+    return layer, x.to(BF16).float() if rounded and weights != FP32 else x, *y.nonzero(as_tuple=True)
 
 
 def clone(layer: Layer, device: str = "cpu", wide: bool = False) -> Layer:

@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-import platform
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import layer_cases
 from fanin import kernels
 from fanin.kernels import BACKENDS, Layer, Unavailable, Update, backend
 from fanin.kernels.layer import decode, mix, random_bits, store
 from fanin.kernels.reference import expand
-from layer_cases import check_rest, check_step
+from layer_cases import BF16, FP8, FP32, SHAPES, clone, error
 
-# labels, width, fan-in, batch, group: ragged sizes, every kind of K, one label, one document, several panels of documents
-SHAPES = [
-    (1, 5, 3, 1, 1),
-    (70, 48, 7, 5, 1),
-    (203, 300, 32, 64, 1),
-    (64, 70000, 8, 3, 1),
-    (130, 40, 33, 130, 1),
-    (37, 48, 1, 5, 16),
-    (203, 300, 40, 130, 16),
-    (97, 64, 64, 100, 8),
-    (70, 520, 512, 33, 64),
-    (300, 200, 100, 48, 128),
-    (50, 30, 12, 9, 3),
-]
 ANY_FLOAT = ("reference", "torch")
+case = functools.partial(layer_cases.case, momentum=FP32, rounded=False)
 
 
 def needs(name: str):
@@ -44,38 +32,6 @@ def needs(name: str):
         pytest.skip(str(reason))
 
 
-def case(labels, width, fan_in, batch, group, *, weights=torch.float32, momentum=torch.float32, kahan=False, seed=0):
-    """A layer, x, and positives: none for most labels, all documents for one, the last label too."""
-    generator = torch.Generator().manual_seed(seed + labels * width + group)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    rows = torch.stack([torch.randperm(width, generator=generator)[:fan_in].sort().values for _ in range(-(-labels // group))])
-    layer = Layer(
-        weight=(0.3 * normal(labels, fan_in)).to(weights),
-        index=rows.to(torch.uint16 if width <= 65536 else torch.int32),
-        bias=normal(labels) - 2,
-        group=group,
-        momentum=None if momentum is None else (0.1 * normal(labels, fan_in)).to(momentum),
-        bias_momentum=None if momentum is None else 0.1 * normal(labels),
-        compensation=torch.zeros(labels, fan_in, dtype=torch.bfloat16) if kahan else None,
-    )
-    y = torch.rand(labels, batch, generator=generator) < 0.02
-    y[:-1:2] = False
-    y[min(3, labels - 1)] = True
-    y[labels - 1, batch - 1] = True
-    return layer, normal(batch, width), *y.nonzero(as_tuple=True)
-
-
-def clone(layer: Layer, dtype: torch.dtype | None = None) -> Layer:
-    names = ("weight", "index", "bias", "momentum", "bias_momentum", "compensation")
-    copies = {name: None if (value := getattr(layer, name)) is None else value.clone() for name in names}
-    if dtype is not None:
-        copies |= {n: v.to(dtype) for n, v in copies.items() if v is not None and v.is_floating_point()}
-    return dataclasses.replace(layer, **copies)
-
-
 def densified(layer: Layer, width: int) -> torch.Tensor:
     """[L, D] float64: only a test may do that."""
     rows = expand(layer.index, layer.labels, layer.group)
@@ -83,11 +39,7 @@ def densified(layer: Layer, width: int) -> torch.Tensor:
 
 
 def close(found, expected, tolerance=1e-5):
-    """By the norm of the difference over the norm of what is expected, in float64; NaN never passes."""
-    found, expected = found.double(), expected.double()
-    assert found.shape == expected.shape
-    error = (found - expected).norm() / expected.norm().clamp(min=1e-6)
-    assert error <= tolerance, f"off by {error:.1e}"
+    assert error(found, expected) <= tolerance
 
 
 @pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
@@ -151,7 +103,7 @@ def test_gradients_equal_autograd(name, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plain_torch_in_fp64_is_exact(name, shape):
     layer, x, _, _ = case(*shape)
-    wide = clone(layer, torch.float64)
+    wide = clone(layer, wide=True)
     close(backend(name).logits(x.double(), wide), x.double() @ densified(layer, x.shape[1]).t() + layer.bias.double(), 1e-14)
 
 
@@ -181,7 +133,7 @@ def test_topk_of_logits_that_are_minus_infinity_names_labels_that_there_are(name
     assert (scores[:, 3:] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [BF16, torch.float64])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_torchs_default_type_decides_nothing(name, dtype):
     module = needs(name)
@@ -200,15 +152,15 @@ def test_torchs_default_type_decides_nothing(name, dtype):
     try:
         found = results()
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(FP32)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kahan", [False, True])
-@pytest.mark.parametrize("momentum", [None, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("momentum", [None, BF16, FP32])
+@pytest.mark.parametrize("weights", [BF16, FP8])
 @pytest.mark.parametrize("name", ["cpu", "torch"])
 def test_low_precision_steps_round_as_the_reference_does(name, weights, momentum, kahan):
     """The same random bits, so all but a few that lie on an edge round alike; for those the codes differ by one step."""
@@ -223,25 +175,25 @@ def test_low_precision_steps_round_as_the_reference_does(name, weights, momentum
             dx, _ = module.step(x, ours, labels, documents, update)
             expected, _ = backend("reference").step(x, theirs, labels, documents, update)
             close(dx, expected, 1e-3)
-        raw = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8, torch.float32: torch.float32}
+        raw = {BF16: torch.int16, FP8: torch.uint8, FP32: FP32}
         for one, two in ((ours.weight, theirs.weight), (ours.momentum, theirs.momentum)):
             if one is not None:
                 step = (one.view(raw[one.dtype]).double() - two.view(raw[one.dtype]).double()).abs()
-                assert (step > 0).float().mean() < 0.01 or one.dtype == torch.float32
+                assert (step > 0).float().mean() < 0.01 or one.dtype == FP32
                 assert step.max() <= 2  # one for each step
         assert (ours.weight.float() != layer.weight.float()).float().mean() > 0.5
         if kahan:
             close(ours.weight.float() + ours.compensation.float(), theirs.weight.float() + theirs.compensation.float(), 1e-3)
 
 
-@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("weights", [BF16, FP8])
 @pytest.mark.parametrize("shape", [(300, 200, 32, 64, 16), (77, 90, 11, 7, 8), (203, 150, 48, 100, 64), (50, 40, 5, 33, 2)])
 def test_bfloat16_units_sum_products_of_rounded_numbers(shape, weights):
     """Ragged batches, groups and K; dL/dz tips over the edge between two bfloat16 in a few places."""
     module = needs("cpu")
     if not module.bfloat16_units:
         pytest.skip("needs a processor with AVX512_BF16")
-    layer, x, labels, documents = case(*shape, weights=weights, momentum=torch.float32)
+    layer, x, labels, documents = case(*shape, weights=weights, momentum=FP32)
     layer.momentum.zero_()
     dense, near = densified(layer, x.shape[1]), x.bfloat16().double()
     y = torch.zeros(len(x), layer.labels, dtype=torch.float64)
@@ -259,16 +211,16 @@ def test_bfloat16_units_sum_products_of_rounded_numbers(shape, weights):
         assert (own.weight.float() != layer.weight.float()).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [BF16, FP8])
 def test_stochastic_rounding_is_unbiased_and_between_neighbours(dtype):
     values = torch.cat([torch.linspace(-1, 1, 257), torch.tensor([0.0, 1e-3, 3e-3, -0.0101, 447.0, 500.0, 2.0**-9])])
     wide = values.repeat(4000, 1)
     layer = Layer(weight=torch.empty(wide.shape, dtype=dtype), index=torch.empty(0))
     store(layer.weight, wide.clone(), random_bits(mix(1), layer))
     rounded = layer.weight.float()
-    inside = values.clamp(-448, 448) if dtype == torch.float8_e4m3fn else values
+    inside = values.clamp(-448, 448) if dtype == FP8 else values
     gap = (rounded - inside).abs().max(dim=0).values
-    step = torch.maximum(inside.abs() * (2.0**-3 if dtype == torch.float8_e4m3fn else 2.0**-7), torch.tensor(2.0**-9))
+    step = torch.maximum(inside.abs() * (2.0**-3 if dtype == FP8 else 2.0**-7), torch.tensor(2.0**-9))
     assert (gap <= step).all()
     error = (rounded.double().mean(0) - inside.double()).abs()
     assert (error <= 5 * step / 2 / 4000**0.5).all()
@@ -307,7 +259,7 @@ def test_no_positives_no_bias_no_momentum(name):
     module = needs(name)
     layer, x, *_ = case(70, 48, 7, 5, 1)
     layer = dataclasses.replace(layer, bias=None, bias_momentum=None, momentum=None)
-    wide = clone(layer, torch.float64)
+    wide = clone(layer, wide=True)
     none = torch.empty(0, dtype=torch.int64)
     dx, _ = module.step(x, layer, none, none, Update(lr=0.1))
     expected, _ = backend("reference").step(x.double(), wide, none, none, Update(lr=0.1))
@@ -323,7 +275,7 @@ def test_cpu_gives_the_same_bits_on_one_and_two_threads(group):
     try:
         for number in (1, 2, 2):
             torch.set_num_threads(number)
-            layer, x, labels, documents = case(20_001, 100, 24, 70, group, weights=torch.bfloat16, momentum=torch.bfloat16)
+            layer, x, labels, documents = case(20_001, 100, 24, 70, group, weights=BF16, momentum=BF16)
             dx, loss = module.step(x, layer, labels, documents, Update(lr=0.1, momentum=0.9, seed=3), want_loss=True)
             scores, rows = module.topk(x, layer, 9)
             g = torch.randn(len(x), layer.labels, generator=torch.Generator().manual_seed(1))
@@ -348,9 +300,7 @@ def test_cpu_gives_the_same_bits_on_one_and_two_threads(group):
 def test_cpu_writes_nothing_outside_its_tensors():
     """Every tensor that a step writes lies between guards that must not change, at sizes that fill no whole vector."""
     module = needs("cpu")
-    for shape, weights in itertools.product(
-        ((37, 50, 7, 5, 1), (37, 50, 9, 17, 16), (200, 60, 21, 67, 8)), (torch.float32, torch.bfloat16)
-    ):
+    for shape, weights in itertools.product(((37, 50, 7, 5, 1), (37, 50, 9, 17, 16), (200, 60, 21, 67, 8)), (FP32, BF16)):
         layer, x, labels, documents = case(*shape, weights=weights)
         names = ("weight", "bias", "momentum", "bias_momentum")
         guarded = {n: torch.full((getattr(layer, n).numel() + 128,), 7.0, dtype=getattr(layer, n).dtype) for n in names}
@@ -370,7 +320,7 @@ def test_float8_and_bfloat16_codes_are_read_alike():
     """Every finite code of float8 and many of bfloat16, through one feature of one document."""
     module = needs("cpu")
     codes = torch.arange(256, dtype=torch.uint8)
-    for weight in (codes[(codes & 0x7F) < 0x7F].view(torch.float8_e4m3fn), torch.randn(999).to(torch.bfloat16)):
+    for weight in (codes[(codes & 0x7F) < 0x7F].view(FP8), torch.randn(999).to(BF16)):
         layer = Layer(weight=weight[:, None], index=torch.zeros(len(weight), 1, dtype=torch.uint16))
         assert torch.equal(module.logits(torch.ones(1, 1), layer)[0], weight.float())
 
@@ -405,71 +355,6 @@ def test_a_named_backend_for_what_it_cannot_take():
         backend("cpu", dtype=torch.float64)
     with pytest.raises(Unavailable, match="kernel backend cpu works on a CPU, but the weights are on cuda"):
         backend("cpu", "cuda")
-
-
-class TestBuild:
-    """The compiled library: cached, rebuilt where the source changed, a clear reason where it cannot be had."""
-
-    @pytest.fixture
-    def build(self, monkeypatch, tmp_path):
-        from fanin.kernels.cpu import build
-
-        try:
-            build.compiler()
-        except Unavailable as reason:
-            pytest.skip(str(reason))
-        monkeypatch.setenv("FANIN_CACHE", str(tmp_path / "cache"))
-        build.library.cache_clear()
-        yield build
-        build.library.cache_clear()
-
-    def test_is_built_once(self, build, monkeypatch):
-        build.library()
-        (first,) = build.cache_folder().iterdir()
-        monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
-        build.library.cache_clear()
-        build.library()
-        assert [first] == list(build.cache_folder().iterdir())
-
-    def test_no_compiler(self, build, monkeypatch):
-        monkeypatch.setenv("PATH", "/nowhere")
-        monkeypatch.delenv("CXX", raising=False)
-        with pytest.raises(Unavailable, match=r"needs a C\+\+ compiler: none of \$CXX"):
-            build.library()
-
-    def test_a_compiler_that_fails(self, build, monkeypatch, tmp_path):
-        broken = tmp_path / "broken"
-        broken.write_text("#!/bin/sh\necho internal compiler error >&2\nexit 1\n")
-        broken.chmod(0o755)
-        monkeypatch.setenv("CXX", str(broken))
-        with pytest.raises(Unavailable, match=r"could not compile fixed_fan_in.cpp: internal compiler error"):
-            build.library()
-        assert list(build.cache_folder().iterdir()) == []
-
-    def test_a_damaged_library_is_named(self, build, monkeypatch):
-        monkeypatch.setattr(build, "_build", lambda command, target: target.write_bytes(b"not a library"))
-        with pytest.raises(Unavailable, match=r"cannot be loaded .* remove it to build it again"):
-            build.library()
-
-    @pytest.mark.parametrize("instructions", ["avx2 fma", "sse2"])
-    def test_narrower_vectors_than_this_processor_has(self, build, monkeypatch, instructions):
-        from fanin.kernels.cpu import Cpu
-
-        names = instructions.split()
-        if platform.machine() != "x86_64" or not set(names) <= set(build._instructions().split()):
-            pytest.skip(f"needs an x86-64 processor with {instructions}")
-        flags = [flag for flag in build.FLAGS if flag != "-march=native"] + [f"-m{name}" for name in names]
-        monkeypatch.setattr(build, "FLAGS", flags)
-        narrow = Cpu()
-        for shape in SHAPES:
-            check_step(narrow, "cpu", shape)
-            check_step(narrow, "cpu", shape, "squared_hinge")
-            check_rest(narrow, "cpu", shape)
-            layer, x, labels, documents = case(*shape)
-            z = narrow.logits(x, layer)
-            assert torch.equal(narrow.topk(x, layer, 1)[0], z.topk(1, dim=1).values)
-            found = narrow.candidates(x, layer, labels, documents, 1)
-            assert torch.equal(found, backend("reference").candidates(x, layer, labels, documents, 1))
 
 
 @pytest.mark.parametrize("shape", [(70, 48, 7, 5, 1), (203, 300, 32, 70, 16), (40, 30, 28, 9, 8), (64, 5000, 8, 3, 1)])
@@ -510,7 +395,7 @@ BAD_LAYERS = {
     "momentum is .70, 6.": {"momentum": lambda t: t[:, :-1].contiguous()},
     "weight is on meta but x on cpu": {"weight": lambda t: t.to("meta")},
     "learnt is 49; expected 0 to 48": {"learnt": lambda t: 49},
-    "compensation is for weights stored below float32": {"compensation": lambda t: torch.zeros(70, 7, dtype=torch.bfloat16)},
+    "compensation is for weights stored below float32": {"compensation": lambda t: torch.zeros(70, 7, dtype=BF16)},
 }
 COMPILED = ("index is int64", "weight is float64")  # plain torch takes these
 

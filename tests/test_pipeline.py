@@ -45,7 +45,8 @@ def closure(script: str) -> set[str]:
         if file in seen or file.startswith(WATCHERS):
             continue
         seen.add(file)
-        seen |= {path.relative_to(ROOT).as_posix() for path in (ROOT / file).parent.glob("*.cpp")}  # compiled when imported
+        beside = (ROOT / file).parent.iterdir()  # C++ is compiled when imported
+        seen |= {path.relative_to(ROOT).as_posix() for path in beside if path.suffix in (".cpp", ".h")}
         waiting |= imports(ROOT / file)
     return seen - {"src/fanin/__init__.py"}
 
@@ -55,7 +56,7 @@ def test_deps_are_the_files_that_the_stage_uses(name):
     stage = STAGES[name]
     script = f"pipeline/{name}.py"
     assert stage["cmd"] == f"python {script}"
-    listed = {dep for dep in stage["deps"] if dep.endswith((".py", ".cpp"))}
+    listed = {dep for dep in stage["deps"] if dep.endswith((".py", ".cpp", ".h"))}
     assert listed == closure(script) | {script}
 
 

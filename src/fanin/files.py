@@ -94,7 +94,7 @@ def read_json(path: str | Path) -> Any:
 def sources_digest() -> str:
     """Hex digest of this package's own sources, as they lie on disk when it is first asked for."""
     folder = Path(__file__).parent
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp"))
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h"))
     named = "".join(f"{path.relative_to(folder)} {sha256(path)}\n" for path in files)
     return hashlib.sha256(named.encode()).hexdigest()
 

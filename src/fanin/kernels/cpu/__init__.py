@@ -1,4 +1,4 @@
-"""The `cpu` backend: C++ (fixed_fan_in.cpp) that reads torch's memory in place.
+"""The `cpu` backend: C++ (fixed_fan_in.cpp and its headers) that reads torch's memory in place.
 
 Weights float32, bfloat16 or float8_e4m3fn; as many threads as torch.get_num_threads(). The same result, bit for bit, whatever
 that number is. Arithmetic in float32; but where the processor has units for bfloat16 (AVX-512), a step of groups stored in
@@ -16,7 +16,7 @@ from fanin.kernels.checks import check_count, check_depth, check_gradient, check
 from fanin.kernels.cpu.build import library
 from fanin.kernels.layer import LOSSES, Backend, Layer, Update, without_lowest
 
-_LANES, _PANEL = 16, 64  # as in fixed_fan_in.cpp
+_LINE, _PANEL = 16, 64  # LINE and PANEL in scratch.h
 _MODES = {"step": 0, "logits": 1, "gradients": 2, "maxima": 3, "candidates": 4}
 _TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3, torch.uint16: 4, torch.int32: 5}
 _SLICE, _SLICES = 4096, 64  # labels that are worth a slice; at most so many slices
@@ -26,7 +26,7 @@ _TOPK_LABELS = 2**20  # searched at once
 
 
 class _Job(ctypes.Structure):
-    """`Job` in fixed_fan_in.cpp, field by field."""
+    """`Job` in job.h, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("mode", "threads", "labels", "features", "fan_in", "group", "batch")),
@@ -89,7 +89,7 @@ class Cpu(Backend):
 
     def step_bytes(self, *, labels: int, features: int, fan_in: int, group: int, batch: int, learnt: int | None = None) -> int:
         learnt = features if learnt is None else learnt
-        rows = -(-batch // _LANES) * _LANES
+        rows = -(-batch // _LINE) * _LINE
         panels = rows * learnt
         turned = rows * (features - learnt)
         return 4 * (panels * (1 + _slices(labels, panels) + 1) + batch * learnt + turned)
@@ -224,7 +224,7 @@ def _type(tensor: Tensor | None) -> int:
 def _panels(x: Tensor) -> Tensor:
     """x [B, D] -> flat panels of up to 64 documents, each [D, columns], filled with zeros to whole vectors."""
     xt = x.detach().t().to(torch.float32)
-    xt = torch.nn.functional.pad(xt, (0, -len(x) % _LANES))
+    xt = torch.nn.functional.pad(xt, (0, -len(x) % _LINE))
     if xt.shape[1] <= _PANEL:
         return xt.reshape(-1)
     return torch.cat([part.reshape(-1) for part in xt.split(_PANEL, dim=1)])
@@ -233,7 +233,7 @@ def _panels(x: Tensor) -> Tensor:
 def _rows(panels: Tensor, like: Tensor) -> Tensor:
     """The inverse of `_panels`: [B, D], in the type of `like`."""
     batch, features = like.shape
-    padded = -(-batch // _LANES) * _LANES
+    padded = -(-batch // _LINE) * _LINE
     parts = panels.split([features * min(_PANEL, padded - start) for start in range(0, padded, _PANEL)])
     xt = torch.cat([part.view(features, -1) for part in parts], dim=1)
     return xt.t()[:batch].to(like.dtype).contiguous()

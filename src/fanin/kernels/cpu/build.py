@@ -1,4 +1,4 @@
-"""The C++ source compiled for this very machine, once, into the user's cache folder.
+"""The C++ sources compiled for this very machine, once, into the user's cache folder.
 
 It is a plain shared library behind ctypes: it needs a C++ compiler, but neither torch's headers nor a build tool, and takes
 seconds. Two processes that build at once both succeed: each renames its own file into place.
@@ -66,7 +66,8 @@ def library() -> ctypes.CDLL:
     """The compiled kernels. Raises Unavailable, with the reason, where they cannot be built or loaded."""
     command = compiler()
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
-    what = "\n".join([SOURCE.read_text(), *FLAGS, command, version, platform.machine(), _instructions()])
+    sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    what = "\n".join([*sources, *FLAGS, command, version, platform.machine(), _instructions()])
     target = cache_folder() / f"fixed_fan_in-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         _build(command, target)
