@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fanin import kernels
 from fanin.clusters import build_clusters
@@ -78,13 +80,23 @@ def test_a_vocabulary_too_large_for_short_indices_is_folded():
 
 
 @pytest.mark.parametrize(
-    ("group", "chunk", "members"), [(1, 2**21, 256), (1, 40, 256), (4, 2**21, 256), (4, 40, 256), (1, 2**21, 2)]
+    ("group", "chunk", "members", "share"),
+    [
+        (1, 2**21, 256, 0),
+        (1, 40, 256, 0),
+        (4, 2**21, 256, 0),
+        (4, 40, 256, 0),
+        (1, 2**21, 2, 0),
+        (1, 40, 256, 0.5),
+        (4, 9, 2, 2),
+    ],
 )
-def test_a_label_reads_the_heaviest_words_of_its_documents(tokens, monkeypatch, group, chunk, members):
+def test_a_label_reads_the_heaviest_words_of_documents_and_text(tokens, tmp_path, monkeypatch, group, chunk, members, share):
     monkeypatch.setattr(label_words, "_TOKENS", chunk)
     monkeypatch.setattr(label_words, "MEMBERS", members)
     rows = np.arange(100)
-    words = LabelWords(tokens, rows, 26, VOCABULARY)  # label 25 is nobody's
+    texts = tiny_token_set(tmp_path / "labels.arrow", documents=26, seed=5)
+    words = LabelWords(tokens, rows, 26, VOCABULARY, texts=texts, text_share=share)  # label 25 is nobody's
     labels = np.random.default_rng(0).permutation(26)
     index, weight = words.of(labels, WORDS, group)
     assert index.shape == (-(-26 // group), WORDS)
@@ -99,7 +111,8 @@ def test_a_label_reads_the_heaviest_words_of_its_documents(tokens, monkeypatch, 
         own = [row for row in rows if label in tokens.labels(np.array([row]))[0]]
         size = min(len(own), members)
         some = [own[i * len(own) // size] for i in range(size)]
-        total = x[some].sum(0)
+        (text,) = texts.ids(np.array([label]))
+        total = x[some].sum(0) + share * by_hand(text, words.idf)
         centroids[place] = total / max(np.linalg.norm(total), 1e-12)
     for row in range(len(index)):
         part = centroids[row * group : (row + 1) * group]
@@ -109,7 +122,7 @@ def test_a_label_reads_the_heaviest_words_of_its_documents(tokens, monkeypatch, 
         read = part[:, index[row]]
         read = read / np.maximum(np.linalg.norm(read, axis=1, keepdims=True), 1e-12)
         np.testing.assert_allclose(weight[row * group : (row + 1) * group].numpy(), read, atol=1e-5)
-    assert not weight[labels == 25].any()
+    assert bool(weight[labels == 25].any()) == (share > 0)
 
 
 def test_labels_with_fewer_words_than_they_may_read_are_filled_up(tmp_path):
@@ -283,6 +296,30 @@ def test_the_start_gives_each_label_its_words(project):
     assert torch.equal(own.index[:, 6:].to(torch.int64), index + 48)
     torch.testing.assert_close(own.weight[:, 6:], LIFT["bce"] / NORM * weight)
     np.testing.assert_array_equal(classifier.lexical.idf.numpy(), words.idf)
+
+
+def test_the_start_reads_label_texts_where_they_count(project):
+    folder, config = project
+    data, config = folder / "data", copy.deepcopy(config)
+    config.start.label_texts = 0.5
+    texts = tiny_token_set(data / "tokens" / "labels.arrow", documents=LABELS, seed=5)
+    build_start(config, data / "tokens", data / "embeddings", data / "clusters", folder / "named")
+    found, before = (load_file(start / "head.safetensors") for start in (folder / "named", data / "start"))
+
+    order = np.load(data / "clusters" / "order.npy").astype(np.int64)
+    tokens = TokenSet.open(data / "tokens" / "train.arrow")
+    rows = np.setdiff1d(np.arange(DOCUMENTS), np.load(data / "embeddings" / "validation_documents.npy"))
+    words = LabelWords(tokens, rows, LABELS, VOCABULARY, lift=LIFT["bce"] / NORM, texts=texts, text_share=0.5)
+    index, weight = words.of(order if config.head.group > 1 else np.arange(LABELS), WORDS, config.head.group)
+    assert torch.equal(found["index"][:, 6:].to(torch.int64), index + 48)
+    torch.testing.assert_close(found["weight"][:, 6:], weight)
+    assert (found["index"][:, 6:] != before["index"][:, 6:]).any()
+    assert torch.equal(found["index"][:, :6], before["index"][:, :6])  # the features are chosen by the documents alone
+    assert torch.equal(found["lexical.idf"], before["lexical.idf"])
+
+    tiny_token_set(data / "tokens" / "labels.arrow", documents=LABELS - 1)
+    with pytest.raises(InputError, match=rf"labels\.arrow: {LABELS - 1} texts, but {LABELS} labels; rerun the tokens stage"):
+        build_start(config, data / "tokens", data / "embeddings", data / "clusters", folder / "named")
 
 
 def test_the_start_s_ranking_counts_words(project):

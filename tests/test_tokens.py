@@ -24,6 +24,8 @@ def write_corpus(folder: Path, train: int = 150, test: int = 40, labels: int = 2
     for part, documents, seed in (("train", train, 0), ("test", test, 1)):
         data = table(tiny_texts(documents, seed), tiny_labels(documents, labels, seed))
         pq.write_table(data, folder / f"{part}.parquet", row_group_size=33)
+    names = pa.table({"id": np.arange(labels, dtype=np.int32), "text": tiny_texts(labels, 2)})
+    pq.write_table(names, folder / "labels.parquet")
     write_json(folder / "corpus.json", {"labels": labels, "label_documents": 7})
     return folder
 
@@ -108,6 +110,10 @@ def test_corpus_to_tokens(tmp_path: Path) -> None:
     assert summary["truncated"] == pytest.approx(np.mean(np.array(full) > 12))
     assert summary["vocabulary"] == vocabulary_size(tiny_tokenizer()) == 205
     assert (summary["labels"], summary["label_documents"], summary["pad_id"], summary["max_length"]) == (20, 7, 0, 12)
+    names = TokenSet.open(tmp_path / "tokens" / "labels.arrow")
+    expected = tiny_tokenizer()(tiny_texts(20, 2), truncation=True, max_length=12)["input_ids"]
+    assert [row.tolist() for row in names.ids(np.arange(20))] == expected
+    assert [len(row) for row in names.labels(np.arange(20))] == [0] * 20
 
 
 def test_a_failing_stage_leaves_the_old_tokens(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ class Start:
     source: str = "data"  # data | random
     rounds: int = 4  # dictionary rounds of the sparse coding
     spread: float = 1.2  # standard deviation of a label's logit over documents (with loss bce)
+    label_texts: float = 0.0  # what a label's own text counts beside one of its documents when its words are chosen
 
 
 @dataclass
@@ -227,6 +228,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "clusters.meta_labels": (2, 10**7),
     "start.rounds": (1, 100),
     "start.spread": (1e-3, 1e3),
+    "start.label_texts": (0, 100),
     "head.fan_in": (1, 10**6),
     "head.lexical": (0, 10**6),
     "head.profiles": (0, 512),

@@ -24,6 +24,7 @@ from fanin.files import InputError, atomic_path, read_json, write_json
 
 _AGAIN = "rerun the tokens stage (dvc repro -f tokens)"
 _CORPUS_AGAIN = "rerun the corpus stage (dvc repro -f corpus)"
+LABELS = "labels.arrow"  # the labels' own texts, a row a label id, without labels
 ROWS_A_BATCH = 8192  # rows of one record batch; the last of a file may hold fewer
 MANY_CUT = 0.2  # of the documents: more of them cut are worth a warning
 
@@ -166,7 +167,8 @@ def write_tokens(
 
 
 def tokenize_corpus(corpus: str | Path, out: str | Path, tokenizer: Any, *, max_length: int, encoder: str) -> dict[str, Any]:
-    """Tokenise a corpus folder's train.parquet and test.parquet into the folder `out`; return what its tokens.json holds.
+    """Tokenise a corpus folder's train.parquet and test.parquet, and the texts of labels.parquet, into the folder `out`; return
+    what its tokens.json holds.
 
     Raises InputError where the corpus is missing, damaged or lacks a column.
     """
@@ -177,6 +179,7 @@ def tokenize_corpus(corpus: str | Path, out: str | Path, tokenizer: Any, *, max_
             part: write_tokens(_read(corpus / f"{part}.parquet"), folder / f"{part}.arrow", tokenizer, max_length=max_length)
             for part in ("train", "test")
         }
+        write_tokens(_read(corpus / "labels.parquet", labels=False), folder / LABELS, tokenizer, max_length=max_length)
         documents = sum(part.documents for part in parts.values())
         summary = {
             "documents": {name: part.documents for name, part in parts.items()},
@@ -222,21 +225,27 @@ def _encode(tokenizer: Any, texts: list[str], max_length: int) -> tuple[list[lis
     return [encoding.ids for encoding in encodings], sum(bool(encoding.overflowing) for encoding in encodings)
 
 
-def _read(path: Path) -> Iterator[pa.RecordBatch]:
-    """Stream text and labels of a corpus file, a bounded number of rows at a time."""
+def _read(path: Path, labels: bool = True) -> Iterator[pa.RecordBatch]:
+    """Stream text and labels of a corpus file, a bounded number of rows at a time; without `labels`, of none."""
+    columns = ["text", "labels"] if labels else ["text"]
     try:
         with pq.ParquetFile(path) as file:
-            missing = {"text", "labels"} - set(file.schema_arrow.names)
+            missing = set(columns) - set(file.schema_arrow.names)
             if missing:
                 raise InputError(f"{path} has no column {', '.join(sorted(missing))}; {_CORPUS_AGAIN}")
             with tqdm(total=file.metadata.num_rows, desc=f"tokens of {path.name}", unit="doc", disable=None) as bar:
-                for batch in file.iter_batches(ROWS_A_BATCH, columns=["text", "labels"]):
-                    yield batch
+                for batch in file.iter_batches(ROWS_A_BATCH, columns=columns):
+                    yield batch if labels else batch.append_column("labels", _none(batch.num_rows))
                     bar.update(batch.num_rows)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; run the corpus stage (dvc repro corpus)") from None
     except pa.ArrowException as error:
         raise InputError(f"{path} cannot be read ({_first_line(error)}); {_CORPUS_AGAIN}") from None
+
+
+def _none(rows: int) -> pa.Array:
+    """A column of empty lists of labels."""
+    return pa.ListArray.from_arrays(pa.array(np.zeros(rows + 1, np.int32)), pa.array([], pa.int32()))
 
 
 def _rebatch(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:

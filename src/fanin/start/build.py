@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fanin.centroids import LabelDocuments, load_label_documents
 from fanin.config import Config
-from fanin.data.tokens import TokenSet
+from fanin.data.tokens import LABELS, TokenSet
 from fanin.devices import choose_device
 from fanin.files import InputError, atomic_path, read_json, write_json
 from fanin.kernels.layer import index_dtype
@@ -150,7 +150,16 @@ def _words(config: Config, tokens_folder: Path, embeddings_folder: Path, source:
         profiles=count,
         profile_words=config.head.profiles,
         lift=LIFT[config.head.loss] / NORM,
+        texts=_label_texts(tokens_folder, source.labels) if config.start.label_texts else None,
+        text_share=config.start.label_texts,
     )
+
+
+def _label_texts(tokens_folder: Path, labels: int) -> TokenSet:
+    texts = TokenSet.open(tokens_folder / LABELS)
+    if len(texts) != labels:
+        raise InputError(f"{texts.path}: {len(texts)} texts, but {labels} labels; rerun the tokens stage (dvc repro -f tokens)")
+    return texts
 
 
 def _biases(config: Config, source: LabelDocuments, order: np.ndarray) -> Tensor:

@@ -1,4 +1,5 @@
-"""The words that labels start with: the heaviest ones of the normalised centroid of each label's documents."""
+"""The words that labels start with: the heaviest ones of the normalised centroid of each label's documents, and of its own text
+where that is to count."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class LabelWords:
     """The words of `labels` labels in the training documents `rows` (ascending), of `words` V' there are.
 
     profiled: at most `profiles` labels that have a profile of `profile_words` words; the others of these stay without
-    weight. lift: the length of a row's weights.
+    weight. lift: the length of a row's weights. texts: the labels' own [L], each of which counts `text_share` of one of its
+    label's documents.
     """
 
     def __init__(
@@ -50,8 +52,11 @@ class LabelWords:
         profiles: int = 0,
         profile_words: int = 0,
         lift: float = 1.0,
+        texts: TokenSet | None = None,
+        text_share: float = 0.0,
     ) -> None:
         self._tokens, self._rows, self.words, self._lift = tokens, rows, words, lift
+        self._texts, self._text_share = texts if text_share else None, text_share
         profiled = np.empty(0, np.int64) if profiled is None else profiled
         self.lexical = Lexical(words, profiles, profile_words)
         position = np.full(len(tokens), -1, np.int32)
@@ -61,7 +66,7 @@ class LabelWords:
         self._some = max(int(_TOKENS / max(mean_length, 1.0)), 1)  # documents looked at together
         frequency = np.zeros(words, np.int64)
         for start in range(0, len(self._rows), self._some):
-            _, token, _ = self._counts(self._rows[start : start + self._some])
+            _, token, _ = self._counts(tokens.ids(self._rows[start : start + self._some]))
             frequency += np.bincount(token, minlength=words)
         self.idf = np.where(frequency > 0, np.log(max(len(self._rows), 1) / np.maximum(frequency, 1)), 0).astype(np.float32)
         self.lexical.idf.copy_(torch.from_numpy(self.idf))
@@ -148,26 +153,30 @@ class LabelWords:
         place = np.arange(len(label)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         member = self._members[begins[label] + place * (ends - begins)[label] // np.maximum(sizes, 1)[label]]
         documents, which = np.unique(member, return_inverse=True)
-        document, token, value = self._features(self._rows[documents])
+        document, token, value = self._features(self._tokens.ids(self._rows[documents]))
         first = np.searchsorted(document, np.arange(len(documents) + 1))
         lengths = np.diff(first)[which]
         entry = np.repeat(first[which] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-        keys, place = np.unique(np.repeat(label, lengths) * self.words + token[entry], return_inverse=True)
-        total = np.bincount(place, value[entry], len(keys))
+        label, token, value = np.repeat(label, lengths), token[entry], value[entry]
+        if self._texts is not None:
+            named, word, weight = self._features(self._texts.ids(labels))
+            label, token = np.concatenate([label, named]), np.concatenate([token, word])
+            value = np.concatenate([value, self._text_share * weight])
+        keys, place = np.unique(label * self.words + token, return_inverse=True)
+        total = np.bincount(place, value, len(keys))
         label, token = keys // self.words, keys % self.words
         norm = np.sqrt(np.bincount(label, total**2, len(labels)))
         return label, token, (total / np.maximum(norm[label], 1e-12)).astype(np.float32)
 
-    def _features(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Entries (document's place, token, value) as `Lexical` makes them, but of unit length."""
-        document, token, count = self._counts(rows)
+    def _features(self, ids: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids of some texts -> entries (text's place, token, value) as `Lexical` makes them, but of unit length."""
+        document, token, count = self._counts(ids)
         value = (1 + np.log(count)) * self.idf[token]
-        norm = np.sqrt(np.bincount(document, value**2, len(rows)))
+        norm = np.sqrt(np.bincount(document, value**2, len(ids)))
         return document, token, value / np.maximum(norm[document], 1e-12)
 
-    def _counts(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Entries (document's place, token, count), in that order."""
-        ids = self._tokens.ids(rows)
+    def _counts(self, ids: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids of some texts -> entries (text's place, token, count), in that order."""
         document = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
         token = np.concatenate([*ids, np.empty(0, np.int64)]).astype(np.int64) % self.words
         keys, count = np.unique(document * self.words + token, return_counts=True)
