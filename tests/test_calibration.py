@@ -73,6 +73,15 @@ def test_labels_rarer_than_the_candidates_are_not_lifted_above_them():
     np.testing.assert_array_equal(found.slopes(np.array([0, 1, 50])), found.slopes(np.full(3, found.rarest)))
 
 
+def test_a_shift_can_be_gone_partway():
+    whole = Shift(words=1.8, log_frequency=-0.4, rare=-3.0, slope=0.6, slope_log_frequency=0.1, rarest=2.0)
+    scores, words, frequency, _ = candidates(100, Shift())
+    assert whole.partway(0.0) == Shift(rarest=2.0)
+    np.testing.assert_allclose(whole.partway(1.0), whole)
+    half = whole.partway(0.5).apply(scores, words, frequency)
+    np.testing.assert_allclose(half, (scores + whole.apply(scores, words, frequency)) / 2, atol=1e-12)
+
+
 def test_few_documents_move_little():
     """With five documents the prior decides: a coefficient goes no further than a few of its standard deviations."""
     found = fit(*candidates(5, Shift(rare=-50.0)))
@@ -171,11 +180,12 @@ def test_the_head_gives_the_shifted_logits(monkeypatch, kind, group, dtype, lexi
     silent = x.clone()
     silent[:, WIDTH:] = 0
     words = before - own.head.logits(silent, 0, LABELS).numpy()
-    shift = Shift(words=1.4, log_frequency=-0.2, rare=-1.5, slope=0.8, slope_log_frequency=0.05)
+    shift = Shift(words=1.4, log_frequency=-0.2, rare=-1.5, slope=0.8, slope_log_frequency=0.05, rarest=2.0)
+    whole = Shift(words=1.8, log_frequency=-0.4, rare=-3.0, slope=0.6, slope_log_frequency=0.1, rarest=2.0)
     asked = {}
-    monkeypatch.setattr(calibration, "fit", lambda *given: asked.update(given=given) or shift)
-    better = iter(({"P@5": 0.0, "PSP@5": 1.0}, {"P@5": 1.0, "PSP@5": 0.5}))  # labels are random here: let it be kept
-    monkeypatch.setattr(calibration, "_precisions", lambda *given: next(better))
+    monkeypatch.setattr(calibration, "fit", lambda *given: asked.update(given=given) or whole)
+    kept = iter(({"P@1": 0.3, "P@5": 0.0, "PSP@5": 1.0}, {"P@1": 0.0, "P@5": 1.0, "PSP@5": 0.5}))  # labels are random here
+    monkeypatch.setattr(calibration, "_precisions", lambda *given: next(kept))
 
     found = calibrate(own, tokens, rows, frequency)
 
@@ -183,14 +193,14 @@ def test_the_head_gives_the_shifted_logits(monkeypatch, kind, group, dtype, lexi
     expected = shift.apply(before.astype(np.float64), words.astype(np.float64), frequency[names][None].repeat(40, 0))
     tolerance = {"fp32": 1e-4, "bf16": 0.05, "fp8": 0.6}[dtype]
     np.testing.assert_allclose(own.head.logits(x, 0, LABELS).numpy(), expected, atol=tolerance)
-    assert (found["words"], found["kept"]) == (1.4, 1)
+    assert (found["words"], found["kept"]) == (pytest.approx(1.4), 1)
     scores, part, own_frequency, hits = asked["given"]
-    assert scores.shape == (260, calibration.CANDIDATES)
+    assert scores.shape == (260, calibration.FITTED)
     assert hits.sum() > 0
     assert part.any() == lexical
     # the part of words is that of the very candidates
     labels = own.topk(torch.from_numpy(tokens._ids[rows]), torch.ones(260, 3, dtype=torch.int64), 1)[1]
-    assert own_frequency.shape == labels.expand(-1, calibration.CANDIDATES).shape
+    assert own_frequency.shape == labels.expand(-1, calibration.FITTED).shape
 
 
 @pytest.mark.parametrize("right", ["afterwards", "before", "always"])

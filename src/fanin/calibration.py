@@ -9,9 +9,9 @@ factor and a shift for each label, by its frequency alone. Labels rarer than nea
 candidates: the fit knows nothing of them, and its term in 1/n could lift them above all others. Factors and shifts are folded
 into the head: nothing is added at inference. A Gaussian prior holds the fit to "no change" where documents are few.
 
-Labels are left as they were where the documents do not rank better with the fit, counted by P@5 and PSP@5 together. What a fit
-moves most are rare labels; where they do not stand in others' way, after several epochs for one, that costs them much for
-nothing.
+The head goes half of the way to the fit. The likeliest logits are not those that rank best: what a fit moves most are rare
+labels, and its first half brings nearly all that frequent ones gain, its second most of what rare ones lose. Labels are left as
+they were where the documents do not rank better, counted by P@1, P@5 and PSP@5 together.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from fanin.metrics import contributions, csr, inverse_propensity, match
 from fanin.model import Classifier
 from fanin.retrieval import rank
 
-CANDIDATES = 20  # labels a document
+FITTED = 5  # labels a document, the first ones, that the fit is made on: it is about those places
+SHARE = 0.5  # of the way to the fit
+CANDIDATES = 20  # labels a document that are ranked anew to see whether it helps
 PRIOR = 10.0  # precision of the prior on coefficients of covariates of unit variance: 1 for the logit's, 0 for the others
-JUDGES = ("P@5", "PSP@5")  # at 5, where a thousand documents tell most surely
+JUDGES = ("P@1", "P@5", "PSP@5")
 FEWEST = 200  # documents; on fifty a fit that only seems to rank better costs a tenth of a point of P@5 elsewhere
 SELDOM = 0.01  # of the candidates are rarer than what the fit is trusted for
 _BATCH = 256
@@ -60,6 +62,11 @@ class Shift(NamedTuple):
         n = _at_least(frequency, self.rarest)
         return self.log_frequency * np.log(n) + self.rare / n
 
+    def partway(self, share: float) -> Shift:
+        """That share of the way from no shift at all to this one."""
+        none = Shift(rarest=self.rarest)
+        return Shift(*(start + share * (end - start) for start, end in zip(none, self, strict=True)))
+
     def apply(self, scores: np.ndarray, words: np.ndarray, frequency: np.ndarray) -> np.ndarray:
         """Logits, words' part of them and their labels' frequency, of one shape -> the logits afterwards."""
         slopes = self.slopes(frequency)
@@ -75,19 +82,19 @@ def _at_least(frequency: np.ndarray, rarest: float) -> np.ndarray:
 
 
 def calibrate(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, frequency: np.ndarray) -> dict[str, float]:
-    """Fit a `Shift` on the held-out `rows` of `tokens` and, where they rank better with it, fold it into the head's weights and
-    biases, in place.
+    """Fit a `Shift` on the held-out `rows` of `tokens`, go `SHARE` of the way to it and, where they rank better so, fold that into
+    the head's weights and biases, in place.
 
-    frequency [L]: training documents of each label. All of the classifier's ranks call this. Returns the shift, the
-    candidates' P@k and PSP@k before and after it (the documents that it was fitted on: no estimate of what others would gain),
-    and whether it was kept (1 or 0): where P@5 and PSP@5 together do not rise, or of fewer than `FEWEST` documents, it is not.
+    frequency [L]: training documents of each label. All of the classifier's ranks call this. Returns the shift that was made,
+    the candidates' P@k and PSP@k before and after it (the documents that it was fitted on: no estimate of what others would
+    gain), and whether it was kept (1 or 0): where `JUDGES` together do not rise, or of fewer than `FEWEST` documents, it is not.
     """
     count, settings = min(CANDIDATES, classifier.labels), classifier.config.evaluate
     labels, scores = rank(classifier, tokens, rows, count, _BATCH)
     words = _words_part(classifier, tokens, rows, labels)
     truth = csr(tokens.labels(rows))
     hits = match(labels, *truth)
-    shift = fit(scores, words, frequency[labels], hits)
+    shift = fit(*(each[:, :FITTED] for each in (scores, words, frequency[labels], hits))).partway(SHARE)
     order = np.argsort(-shift.apply(scores, words, frequency[labels]), axis=1, kind="stable")
     known = max(len(tokens) - len(rows), 1)
     inverse = inverse_propensity(np.maximum(frequency, 1), known, settings.propensity_a, settings.propensity_b)
