@@ -82,12 +82,12 @@ def _at_least(frequency: np.ndarray, rarest: float) -> np.ndarray:
 
 
 def calibrate(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, frequency: np.ndarray) -> dict[str, float]:
-    """Fit a `Shift` on the held-out `rows` of `tokens`, go `SHARE` of the way to it and, where they rank better so, fold that into
-    the head's weights and biases, in place.
+    """Fit a `Shift` on the held-out `rows` of `tokens`, go `SHARE` of the way to it and, where they rank better so, fold that
+    into the head's weights and biases, in place.
 
     frequency [L]: training documents of each label. All of the classifier's ranks call this. Returns the shift that was made,
     the candidates' P@k and PSP@k before and after it (the documents that it was fitted on: no estimate of what others would
-    gain), and whether it was kept (1 or 0): where `JUDGES` together do not rise, or of fewer than `FEWEST` documents, it is not.
+    gain), and whether it was kept (1 or 0): not where `JUDGES` together do not rise, nor of fewer than `FEWEST` documents.
     """
     count, settings = min(CANDIDATES, classifier.labels), classifier.config.evaluate
     labels, scores = rank(classifier, tokens, rows, count, _BATCH)
