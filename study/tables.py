@@ -1,4 +1,4 @@
-"""Tables of the records: means over seeds, what a method costs, how much of the dense-to-sparse hole it closes."""
+"""Tables of the records: means over runs, what a method costs, how much of the dense-to-sparse hole it closes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ RECOVERED = ("P@1", "P@5", "PSP@5")
 
 
 class Row(NamedTuple):
-    """A method over its seeds. values: figure -> one a seed, in the order of the seeds; splits likewise by name."""
+    """A method over its runs. values: figure -> one a run, in the order of their seeds (one may come again, of another commit);
+    splits likewise by name."""
 
     name: str
     about: str
@@ -34,7 +35,7 @@ class Row(NamedTuple):
         return statistics.fmean(found) if found else None
 
     def spread(self, figure: str) -> float | None:
-        """Standard deviation over seeds; None for a single one."""
+        """Standard deviation over runs; None for a single one."""
         found = self.values.get(figure, [])
         return statistics.stdev(found) if len(found) > 1 else None
 
@@ -100,8 +101,8 @@ def results(records: Sequence[Mapping[str, Any]], methods: Mapping[str, Method])
 
 
 def quality_table(found: Sequence[Row], methods: Mapping[str, Method]) -> str:
-    """Accuracy over seeds, with the share of the hole that is closed."""
-    header = ["method", "seeds", *SHOWN, *(f"hole closed, {figure}" for figure in RECOVERED)]
+    """Accuracy over runs, with the share of the hole that is closed."""
+    header = ["method", "runs", *SHOWN, *(f"hole closed, {figure}" for figure in RECOVERED)]
     body = []
     for row in found:
         cells = [_with_spread(row, figure) for figure in SHOWN]
