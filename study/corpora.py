@@ -15,7 +15,7 @@ import yaml
 from fanin import provenance
 from fanin.config import Config
 from fanin.data.corpus import build_corpus
-from fanin.files import InputError, read_json, sha256, write_json
+from fanin.files import SOURCES, InputError, read_json, sha256, write_json
 from study.methods import configuration
 
 STAGES = ("corpus", "tokens", "embeddings", "clusters", "start", "train", "evaluate")  # those that a record rests on
@@ -104,5 +104,5 @@ def _digest(folder: Path) -> str:
 def stage_code(*stages: str) -> str:
     """A hash of the source files that dvc.yaml names among the deps of these stages."""
     listed = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    files = sorted({dep for stage in stages for dep in listed[stage]["deps"] if dep.endswith((".py", ".cpp", ".h"))})
+    files = sorted({dep for stage in stages for dep in listed[stage]["deps"] if dep.endswith(SOURCES)})
     return hashlib.sha256("\n".join(f"{file} {sha256(file)}" for file in files).encode()).hexdigest()

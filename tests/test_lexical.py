@@ -96,7 +96,8 @@ def test_a_label_reads_the_heaviest_words_of_documents_and_text(tokens, tmp_path
     monkeypatch.setattr(label_words, "MEMBERS", members)
     rows = np.arange(100)
     texts = tiny_token_set(tmp_path / "labels.arrow", documents=26, seed=5)
-    words = LabelWords(tokens, rows, 26, VOCABULARY, texts=texts, text_share=share)  # label 25 is nobody's
+    own = texts if share else None
+    words = LabelWords(tokens, rows, 26, VOCABULARY, texts=own, text_share=share)  # label 25 is nobody's
     labels = np.random.default_rng(0).permutation(26)
     index, weight = words.of(labels, WORDS, group)
     assert index.shape == (-(-26 // group), WORDS)

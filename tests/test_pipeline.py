@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from fanin.config import Config
+from fanin.files import SOURCES
 
 ROOT = Path(__file__).parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -56,7 +57,7 @@ def test_deps_are_the_files_that_the_stage_uses(name):
     stage = STAGES[name]
     script = f"pipeline/{name}.py"
     assert stage["cmd"] == f"python {script}"
-    listed = {dep for dep in stage["deps"] if dep.endswith((".py", ".cpp", ".h"))}
+    listed = {dep for dep in stage["deps"] if dep.endswith(SOURCES)}
     assert listed == closure(script) | {script}
 
 

@@ -90,11 +90,14 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); rerun the stage that writes it") from None
 
 
+SOURCES = (".py", ".cpp", ".h")  # how the names of what results depend on end
+
+
 @functools.cache
 def sources_digest() -> str:
     """Hex digest of this package's own sources, as they lie on disk when it is first asked for."""
     folder = Path(__file__).parent
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h"))
+    files = sorted(path for path in folder.rglob("*") if path.suffix in SOURCES)
     named = "".join(f"{path.relative_to(folder)} {sha256(path)}\n" for path in files)
     return hashlib.sha256(named.encode()).hexdigest()
 

@@ -56,7 +56,7 @@ class LabelWords:
         text_share: float = 0.0,
     ) -> None:
         self._tokens, self._rows, self.words, self._lift = tokens, rows, words, lift
-        self._texts, self._text_share = texts if text_share else None, text_share
+        self._texts, self._text_share = texts, text_share
         profiled = np.empty(0, np.int64) if profiled is None else profiled
         self.lexical = Lexical(words, profiles, profile_words)
         position = np.full(len(tokens), -1, np.int32)

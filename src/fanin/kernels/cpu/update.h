@@ -1,6 +1,6 @@
 // The update of weights, momentum and biases in place.
 #pragma once
-
+#include <cstdint>
 
 #include "job.h"
 #include "storage.h"

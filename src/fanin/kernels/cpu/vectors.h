@@ -23,7 +23,7 @@ constexpr int LANES = 4, REGISTERS = 32;
 #else
 constexpr int LANES = 4, REGISTERS = 16;
 #endif
-constexpr int SUMS = REGISTERS / 2;   // that are held in registers at once
+constexpr int SUMS = REGISTERS / 2;  // that are held in registers at once
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 
