@@ -170,6 +170,7 @@ def trained(
         "peak_mib": training.get("peak_allocated_mib") or training["peak_rss_mib"],
         "documents_seen": training["documents"],
         "steps": training["steps"],
+        "calibration": training["calibration"],
         "curve": [{name: round(float(value), 3) for name, value in row.items()} for row in curve],
         "settings": dict(settings),
         "test_documents": evaluation["documents"],

@@ -13,6 +13,7 @@ from fanin.calibration import Shift, calibrate, fit
 from fanin.config import Config
 from fanin.heads import STORED, Bottleneck, Dense, FixedFanIn, HeadTail, sparse_part
 from fanin.lexical import NORM, Lexical
+from fanin.metrics import contributions, csr, inverse_propensity, match
 from fanin.ranks import ALONE
 
 LABELS, WIDTH, DOCUMENTS, VOCABULARY, WORDS = 60, 16, 300, 40, 3
@@ -184,8 +185,7 @@ def test_the_head_gives_the_shifted_logits(monkeypatch, kind, group, dtype, lexi
     whole = Shift(words=1.8, log_frequency=-0.4, rare=-3.0, slope=0.6, slope_log_frequency=0.1, rarest=2.0)
     asked = {}
     monkeypatch.setattr(calibration, "fit", lambda *given: asked.update(given=given) or whole)
-    kept = iter(({"P@1": 0.3, "P@5": 0.0, "PSP@5": 1.0}, {"P@1": 0.0, "P@5": 1.0, "PSP@5": 0.5}))  # labels are random here
-    monkeypatch.setattr(calibration, "_precisions", lambda *given: next(kept))
+    monkeypatch.setattr(calibration, "_gain", lambda *given: (0.2, 0.1))  # labels are random here
 
     found = calibrate(own, tokens, rows, frequency)
 
@@ -203,8 +203,45 @@ def test_the_head_gives_the_shifted_logits(monkeypatch, kind, group, dtype, lexi
     assert own_frequency.shape == labels.expand(-1, calibration.FITTED).shape
 
 
+@pytest.mark.parametrize(("gain", "kept"), [(0.5, 1), (-0.29, 1), (-0.31, 0)])
+def test_a_loss_that_chance_explains_does_not_undo_a_shift(monkeypatch, gain, kept):
+    own, tokens = classifier("fixed", 1, "fp32", False), _Tokens([np.array([0], np.int32)] * DOCUMENTS)
+    monkeypatch.setattr(calibration, "fit", lambda *given: Shift(log_frequency=1.0))
+    monkeypatch.setattr(calibration, "_gain", lambda *given: (gain, 0.3))
+    before = own.head.bias.clone()
+    found = calibrate(own, tokens, np.arange(DOCUMENTS), np.full(LABELS, 9))
+    assert (found["kept"], found["gain"], found["gain_error"]) == (kept, gain, 0.3)
+    assert torch.equal(own.head.bias, before) == (not kept)
+
+
+def test_a_gain_is_the_judges_and_its_error_that_of_resampled_documents():
+    rng = np.random.default_rng(0)
+    frequency, documents = rng.integers(1, 50, LABELS), 400
+    owned = [np.unique(rng.integers(0, LABELS, rng.integers(1, 9))).astype(np.int32) for _ in range(documents)]
+    inverse = inverse_propensity(frequency, documents, 0.55, 1.5)
+    ranked = np.stack([rng.permutation(LABELS)[:10] for _ in range(documents)])
+    then = np.sort(ranked, axis=1)
+
+    def of(rows):
+        own = csr([owned[row] for row in rows])
+        return [contributions(order[rows], match(order[rows], *own), *own, inverse) for order in (ranked, then)]
+
+    before, after = of(np.arange(documents))
+    gain, error = calibration._gain(before, after)
+    assert gain == pytest.approx(sum(after.values()[name] - before.values()[name] for name in calibration.JUDGES), abs=1e-4)
+    drawn = [calibration._gain(*of(rng.integers(0, documents, documents)))[0] for _ in range(300)]
+    assert error == pytest.approx(np.std(drawn), rel=0.15)
+
+
+def test_documents_without_labels_tell_nothing():
+    empty = csr([np.zeros(0, np.int32)] * 3)
+    ranked = np.tile(np.arange(5), (3, 1))
+    same = contributions(ranked, match(ranked, *empty), *empty, np.ones(5))
+    assert calibration._gain(same, same) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize("right", ["afterwards", "before", "always"])
-def test_a_shift_is_kept_only_where_documents_rank_better(monkeypatch, right):
+def test_a_shift_is_undone_where_documents_rank_worse(monkeypatch, right):
     """It puts labels of one document behind all others: what came first then comes last, whose place a frequent one takes."""
     own = classifier("fixed", 1, "fp32", False)
     ids = torch.from_numpy(_Tokens([np.array([0], np.int32)] * DOCUMENTS)._ids)

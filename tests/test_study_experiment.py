@@ -33,6 +33,7 @@ splits = dict.fromkeys(("head", "torso", "tail"), split)
 bytes_ = {"weights": 2**20, "indices": 2**19, "bias": 2**18, "optimizer": 7}
 training = {"head_bytes": bytes_, "intermediate_bytes": 2**20, "labels": 1000, "dense_fp32_bytes": 4 * 1000 * 384}
 training |= {"lexical_bytes": 0, "seconds": 12.5, "peak_rss_mib": 800.0, "documents": 640, "steps": 10}
+training |= {"calibration": {"slope": 0.9, "kept": 1.0}}
 evaluation = {"metrics": figures, "intervals": {"P@1": [0, 2]}, "splits": splits, "ranking_seconds": 3.0, "documents": 50}
 def write(path, value):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +98,7 @@ def test_an_experiment_becomes_a_record_once(repository: Path) -> None:
     assert (record["head_mib"], record["shared_mib"]) == (1.75, 1.0)
     assert record["dense_mib"] == pytest.approx(1000 * 385 * 4 / 2**20, abs=1e-4)
     assert (record["train_seconds"], record["prepare_seconds"], record["peak_mib"]) == (12.5, 6.0, 800.0)
+    assert record["calibration"]["kept"] == 1
     assert record["curve"][-1] == {"step": 10, "P@1": 20.123, "P@3": 9, "P@5": 7}
     assert record["model_mib"] == 1.0
     assert record["data"] == dict.fromkeys(DATA, 3)

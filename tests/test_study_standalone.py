@@ -109,6 +109,7 @@ def test_runs_leave_the_records_of_the_study(project: Path, capsys: pytest.Captu
     assert (record["commit"], record["workers"], record["steps"], record["tier"]) == ("c" * 40, 2, 3, "main")
     assert (record["kind"], found["dense_refitted_int4", 1]["kind"]) == ("trained", "compressed")
     assert "float16" in record["note"]
+    assert "kept" in record["calibration"]
     assert {"embeddings", "start", "steps", "recoding", "refitting", "calibration", "scoring"} <= set(record["parts"])
     assert sum(record["parts"].values()) == pytest.approx(record["wall_seconds"] + record["prepare_seconds"], abs=1.0)
     assert "clusters" not in record["parts"]

@@ -26,7 +26,7 @@ from fanin.data.batches import collate
 from fanin.data.tokens import TokenSet
 from fanin.heads import FixedFanIn, Head
 from fanin.kernels.layer import decode, raw
-from fanin.metrics import contributions, csr, inverse_propensity, match
+from fanin.metrics import Contributions, contributions, csr, inverse_propensity, match
 from fanin.model import Classifier
 from fanin.retrieval import rank
 
@@ -82,12 +82,13 @@ def _at_least(frequency: np.ndarray, rarest: float) -> np.ndarray:
 
 
 def calibrate(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, frequency: np.ndarray) -> dict[str, float]:
-    """Fit a `Shift` on the held-out `rows` of `tokens`, go `SHARE` of the way to it and, where they rank better so, fold that
+    """Fit a `Shift` on the held-out `rows` of `tokens`, go `SHARE` of the way to it and, unless they rank worse so, fold that
     into the head's weights and biases, in place.
 
     frequency [L]: training documents of each label. All of the classifier's ranks call this. Returns the shift that was made,
     the candidates' P@k and PSP@k before and after it (the documents that it was fitted on: no estimate of what others would
-    gain), and whether it was kept (1 or 0): not where `JUDGES` together do not rise, nor of fewer than `FEWEST` documents.
+    gain), the gain (points by which `JUDGES` together rise) with its standard error over documents, and whether the shift was
+    kept (1 or 0): not where it loses more than that error, nor of fewer than `FEWEST` documents.
     """
     count, settings = min(CANDIDATES, classifier.labels), classifier.config.evaluate
     labels, scores = rank(classifier, tokens, rows, count, _BATCH)
@@ -99,21 +100,29 @@ def calibrate(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, freque
     known = max(len(tokens) - len(rows), 1)
     inverse = inverse_propensity(np.maximum(frequency, 1), known, settings.propensity_a, settings.propensity_b)
     ranked = np.take_along_axis(labels, order, 1), np.take_along_axis(hits, order, 1)
-    before, after = (_precisions(*places, *truth, inverse) for places in ((labels, hits), ranked))
-    better = len(rows) >= FEWEST and sum(after[name] - before[name] for name in JUDGES) > 0
-    kept = classifier.ranks.of_first(better)  # all fold, or none
+    before, after = (contributions(*places, *truth, inverse) for places in ((labels, hits), ranked))
+    gain, error = _gain(before, after)
+    kept = classifier.ranks.of_first(len(rows) >= FEWEST and gain >= -error)  # all fold, or none
     if kept:
         _fold(classifier, shift, frequency)
-    said = {f"{when} {name}": value for when, found in (("before", before), ("after", after)) for name, value in found.items()}
-    return {**shift._asdict(), **said, "kept": float(kept)}
+    said = {
+        f"{when} {name}": float(value)
+        for when, found in (("before", before), ("after", after))
+        for name, value in found.values().items()
+        if name.startswith(("P@", "PSP@"))
+    }
+    return {**shift._asdict(), **said, "gain": gain, "gain_error": error, "kept": float(kept)}
 
 
-def _precisions(
-    ranked: np.ndarray, hits: np.ndarray, offsets: np.ndarray, true: np.ndarray, inverse: np.ndarray
-) -> dict[str, float]:
-    """P@k and PSP@k of a ranking, as `metrics.contributions` takes it, in per cent."""
-    values = contributions(ranked, hits, offsets, true, inverse).values()
-    return {name: float(value) for name, value in values.items() if name.startswith(("P@", "PSP@"))}
+def _gain(before: Contributions, after: Contributions) -> tuple[float, float]:
+    """Points by which `JUDGES` together rise, and the standard error of that over the documents."""
+    each = np.zeros(len(before.columns))
+    for name in JUDGES:
+        top, bottom = before.ratios[name]  # what is divided by does not depend on the ranking
+        whole = before.columns[:, bottom].mean(dtype=np.float64)
+        if whole > 0:
+            each += 100 * (after.columns[:, top] - before.columns[:, top]) / whole
+    return float(each.mean()), float(each.std() / np.sqrt(len(each)))
 
 
 def fit(scores: np.ndarray, words: np.ndarray, frequency: np.ndarray, hits: np.ndarray) -> Shift:
