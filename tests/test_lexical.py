@@ -266,13 +266,13 @@ def _one(label: int) -> Positives:
 
 @pytest.fixture(scope="module", params=[1, 4], ids=["one by one", "groups of 4"])
 def project(request, tmp_path_factory):
-    """A folder with a start from data whose labels read three words each."""
+    """A folder with a start from data whose labels read three words each of their documents."""
     folder = tmp_path_factory.mktemp("words")
     config = prepare(folder)
     about = folder / "data" / "tokens" / "tokens.json"
     write_json(about, read_json(about) | {"vocabulary": VOCABULARY})
     config.head = Head(fan_in=9, lexical=WORDS, intermediate=48, group=request.param)
-    config.start.source = "data"
+    config.start.source, config.start.label_texts = "data", 0.0
     config.clusters.meta_labels = 8
     check(config)
     data = folder / "data"
@@ -303,7 +303,7 @@ def test_the_start_reads_label_texts_where_they_count(project):
     folder, config = project
     data, config = folder / "data", copy.deepcopy(config)
     config.start.label_texts = 0.5
-    texts = tiny_token_set(data / "tokens" / "labels.arrow", documents=LABELS, seed=5)
+    texts = TokenSet.open(data / "tokens" / "labels.arrow")
     build_start(config, data / "tokens", data / "embeddings", data / "clusters", folder / "named")
     found, before = (load_file(start / "head.safetensors") for start in (folder / "named", data / "start"))
 

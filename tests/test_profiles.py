@@ -107,15 +107,16 @@ def started(project) -> Classifier:
     return classifier
 
 
-def test_the_most_frequent_labels_start_with_the_heaviest_words_of_their_documents(project):
-    folder, _ = project
+def test_the_most_frequent_labels_start_with_the_heaviest_words_of_their_documents_and_texts(project):
+    folder, config = project
     classifier = started(project)
     tokens = TokenSet.open(folder / "data" / "tokens" / "train.arrow")
     held_out = np.load(folder / "data" / "embeddings" / "validation_documents.npy")
     rows = np.setdiff1d(np.arange(DOCUMENTS), held_out)
     frequency = tokens.label_frequency(rows, LABELS)
     chosen = np.argsort(-frequency, kind="stable")[:COUNT]
-    words = LabelWords(tokens, rows, LABELS, VOCABULARY)
+    texts = TokenSet.open(folder / "data" / "tokens" / "labels.arrow")
+    words = LabelWords(tokens, rows, LABELS, VOCABULARY, texts=texts, text_share=config.start.label_texts)
     own, head = classifier.lexical.profiles, classifier.head
     assert (head.inner, head.learnt, head.width) == (48, 48 + COUNT, 48 + COUNT + VOCABULARY)
 

@@ -29,6 +29,13 @@ def test_settings_make_a_valid_configuration_on_every_corpus(method: Method) -> 
         assert config.head.kind == method.settings["head.kind"]
 
 
+def test_the_method_that_is_called_the_default_is_that_of_the_presets() -> None:
+    own = [method for method in METHODS.values() if "(the default)" in method.about]
+    assert len(own) == 1
+    for corpus in ("near", "debian"):
+        assert CORPORA[corpus].config(dict(own[0].settings), ROOT) == CORPORA[corpus].config({}, ROOT)
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS.values() if m.bytes_of], ids=lambda method: method.name)
 def test_methods_of_the_same_bytes_have_them(method: Method) -> None:
     def bytes_a_label(of: Method) -> float:

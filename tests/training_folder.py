@@ -56,6 +56,7 @@ def prepare(folder: Path) -> Config:
     """Write data/ under `folder`; the config that fits it."""
     data = folder / "data"
     tokens = tiny_token_set(make(data / "tokens") / "train.arrow", DOCUMENTS, LABELS)
+    tiny_token_set(data / "tokens" / "labels.arrow", documents=LABELS, seed=5)
     description = {"documents": {"train": len(tokens), "test": 0}, "label_documents": 0, "labels": LABELS, "pad_id": 0}
     (data / "tokens" / "tokens.json").write_text(json.dumps(description))
     np.save(make(data / "clusters") / "order.npy", np.random.default_rng(3).permutation(LABELS).astype(np.int32))

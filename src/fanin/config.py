@@ -58,7 +58,7 @@ class Start:
     source: str = "data"  # data | random
     rounds: int = 4  # dictionary rounds of the sparse coding
     spread: float = 1.2  # standard deviation of a label's logit over documents (with loss bce)
-    label_texts: float = 0.0  # what a label's own text counts beside one of its documents when its words are chosen
+    label_texts: float = 0.3  # what a label's own text counts beside one of its documents when its words are chosen
 
 
 @dataclass
