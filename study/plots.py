@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _by_frequency(found: Sequence[Row], title: str) -> plt.Figure:
     for axis, quality in zip(axes, ("P@5", "PSP@5"), strict=True):
         left = [0.0] * len(found)
         for split, colour in zip(SPLITS, ("#2b6cb0", "#7fb0dd", "#d9622b"), strict=True):
-            values = [sum(row.splits[split][quality]) / len(row.seeds) for row in found]
+            values = [statistics.fmean(row.splits[split][quality]) for row in found]
             axis.barh(names, values, left=left, color=colour, label=split)
             left = [a + b for a, b in zip(left, values, strict=True)]
         axis.set(title=f"{title}: {quality} by label frequency", xlabel="%")

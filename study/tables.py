@@ -19,14 +19,14 @@ RECOVERED = ("P@1", "P@5", "PSP@5")
 
 
 class Row(NamedTuple):
-    """A method over its runs. values: figure -> one a run, in the order of their seeds (one may come again, of another commit);
-    splits likewise by name."""
+    """A method over its runs, of different seeds or commits. values: figure -> one a run, in the order of their seeds; splits
+    likewise by name."""
 
     name: str
     about: str
     kind: str
     tier: str
-    seeds: list[int]
+    runs: int
     values: dict[str, list[float]]
     splits: dict[str, dict[str, list[float]]]
 
@@ -62,7 +62,7 @@ def rows(records: Iterable[Mapping[str, Any]], methods: Mapping[str, Method]) ->
         }
         first = own[0]
         about = methods[name].about if name in methods else first["about"]
-        found.append(Row(name, about, first["kind"], first.get("tier", "main"), [r["seed"] for r in own], values, splits))
+        found.append(Row(name, about, first["kind"], first.get("tier", "main"), len(own), values, splits))
     return found
 
 
@@ -109,7 +109,7 @@ def quality_table(found: Sequence[Row], methods: Mapping[str, Method]) -> str:
         # a linear model on TF-IDF is no point between the two ends
         closed = [None if row.kind == "rival" else recovery(row, found, methods, figure) for figure in RECOVERED]
         body.append(
-            [f"`{row.name}`", str(len(row.seeds)), *cells, *(ABSENT if share is None else f"{share:.0f} %" for share in closed)]
+            [f"`{row.name}`", str(row.runs), *cells, *(ABSENT if share is None else f"{share:.0f} %" for share in closed)]
         )
     return markdown(header, body)
 
