@@ -164,9 +164,20 @@ def test_words_of_the_command_line() -> None:
         setting("train.max_steps")
 
 
-def test_what_the_study_started_is_stopped_with_it(tmp_path: Path) -> None:
+SLOWLY = """
+import subprocess, time
+class Popen(subprocess.Popen):
+    def __init__(self, *words, **options):
+        super().__init__(*words, **options)
+        time.sleep(2)
+subprocess.Popen = Popen
+"""
+
+
+@pytest.mark.parametrize("before", ["", SLOWLY], ids=["running", "starting"])
+def test_what_the_study_started_is_stopped_with_it(tmp_path: Path, before: str) -> None:
     """SIGTERM to the study ends the command's whole process group, children of children too."""
-    script = (
+    script = before + (
         "import sys; from study.__main__ import _interrupt; import signal; signal.signal(signal.SIGTERM, _interrupt)\n"
         "from study.processes import run_group\n"
         "run_group(['sh', '-c', 'sleep 600 & echo $! > grandchild; wait'], sys.stderr)\n"
