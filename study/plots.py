@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
+from matplotlib.transforms import Bbox
 
 from fanin.evaluation import SPLITS
 from fanin.files import atomic_path
@@ -22,6 +23,7 @@ from study.tables import Row, recovery, rows
 STYLES = {"trained": ("o", "#2b6cb0"), "compressed": ("D", "#b07aa1"), "rival": ("s", "#8a8a8a")}
 DENSE = ("^", "#d9622b")
 _LINES = 8  # curves of a convergence plot
+_HEIGHTS = (-10, 4, -19, 13, -28, 22, -37, 31)  # of a name beside its mark, in points, the first that is free
 
 
 def draw_all(records: Sequence[Mapping[str, Any]], methods: Mapping[str, Method], title: str, folder: Path) -> list[Path]:
@@ -66,20 +68,34 @@ def _scatter(found: Sequence[Row], methods: Mapping[str, Method], title: str, co
         points = [(x, y) for _, x, y in shown]
         front = pareto(points)
         axis.step([points[i][0] for i in front], [points[i][1] for i in front], where="post", color="#cccccc", zorder=0)
-        middle = math.sqrt(min(x for x, _ in points) * max(x for x, _ in points)) if points else 1.0
-        for number, (row, x, y) in enumerate(sorted(shown, key=lambda point: point[1])):  # neighbours' names above and below
+        for row, x, y in shown:
             marker, colour = _style(row, methods)
             axis.errorbar(x, y, yerr=row.spread(quality), fmt=marker, color=colour, capsize=2, markersize=6)
-            left = x > middle  # of its mark, so that it stays inside
-            offset = (-5 if left else 5, 4 if number % 2 else -10)
-            how: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "ha": "right" if left else "left"}
-            axis.annotate(row.name, (x, y), xytext=offset, color=colour, **how)
         axis.set(xscale="log", xlabel=label, ylabel=f"{quality}, %", title=f"{title}: {quality}")
         for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
             ticks(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.tick_params(axis="x", which="both", labelsize=7)
+        _name(axis, [(row.name, x, y, _style(row, methods)[1]) for row, x, y in sorted(shown, key=lambda point: point[1])])
         axis.grid(alpha=0.3)
     return figure
+
+
+def _name(axis: plt.Axes, points: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write each (name, x, y, colour) beside its mark, above or below it where another name is in the way."""
+    if not points:
+        return
+    middle, taken = math.sqrt(min(x for _, x, _, _ in points) * max(x for _, x, _, _ in points)), list[Bbox]()
+    for name, x, y, colour in points:
+        left = x > middle  # of its mark, so that it stays inside
+        for height in _HEIGHTS:
+            offset = (-5 if left else 5, height)
+            how: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "ha": "right" if left else "left"}
+            text = axis.annotate(name, (x, y), xytext=offset, color=colour, **how)
+            box = text.get_window_extent()
+            if height == _HEIGHTS[-1] or not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        taken.append(box)
 
 
 def _by_frequency(found: Sequence[Row], title: str) -> plt.Figure:

@@ -185,6 +185,16 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
     assert plots.pareto([(2, 60.0), (1, 50.0), (3, 55.0), (4, 70.0), (1, 40.0)]) == [1, 0, 3]
 
 
+def test_names_of_near_marks_do_not_lie_on_each_other() -> None:
+    figure, axis = plots.plt.subplots()
+    axis.set(xlim=(1, 20), ylim=(0, 1), xscale="log")
+    plots._name(axis, [(name, 2.0, 0.5, "black") for name in ("sparse_texts", "sparse_profiles", "dense_refitted", "sparse")])
+    boxes = [text.get_window_extent() for text in axis.texts]
+    plots.plt.close(figure)
+    assert [text.get_text() for text in axis.texts] == ["sparse_texts", "sparse_profiles", "dense_refitted", "sparse"]
+    assert not any(one.overlaps(two) for number, one in enumerate(boxes) for two in boxes[:number])
+
+
 def test_all_plots_are_drawn(tmp_path: Path) -> None:
     drawn = plots.draw_all(RECORDS, METHODS, "near", tmp_path)
     assert {path.stem for path in drawn} == set(page.CAPTIONS)
