@@ -11,7 +11,8 @@ into the head: nothing is added at inference. A Gaussian prior holds the fit to 
 
 The head goes half of the way to the fit. The likeliest logits are not those that rank best: what a fit moves most are rare
 labels, and its first half brings nearly all that frequent ones gain, its second most of what rare ones lose. Labels are left as
-they were where the documents do not rank better, counted by P@1, P@5 and PSP@5 together.
+they were where the documents rank worse by more than a standard error, counted by P@1, P@5 and PSP@5 together: what half of a
+fit gains is as small as what a thousand documents can show.
 """
 
 from __future__ import annotations
