@@ -64,7 +64,8 @@ class Lexical(nn.Module):
         sums of that, into the zeros `out` [B, C + V']."""
         words = out[:, self.width - self.words :]
         ids, mask = ids % self.words, mask.to(out.dtype)
-        count = torch.zeros_like(words).scatter_add_(1, ids, mask).gather(1, ids).clamp_min_(1)
+        count = words.scatter_add_(1, ids, mask).gather(1, ids).clamp_min_(1)
+        words.scatter_(1, ids, 0.0)
         each = (1 + count.log()) * self.idf[ids] * mask / count  # a token that comes n times brings an nth each time
         length = (each.square() * count).sum(1, keepdim=True).sqrt().clamp_min_(1e-12)
         words.scatter_add_(1, ids, each * (NORM / length))

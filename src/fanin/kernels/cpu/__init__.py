@@ -73,7 +73,8 @@ class Cpu(Backend):
         dx = _empty(job.slices, panels.numel() // x.shape[1] * job.learnt)
         if layer.group == 1 and job.learnt < x.shape[1]:
             present = torch.ones(x.shape[1], dtype=torch.bool, device="cpu")
-            torch.any(x[:, job.learnt :], dim=0, out=present[job.learnt :])
+            given = x[:, job.learnt :].t()
+            present[job.learnt :] = (given.amax(1) != 0) | (given.amin(1) != 0)
             job.present = _address(present)
         losses = _empty(job.slices, dtype=torch.float64) if want_loss else None
         job.dx, job.losses = _address(dx), _address(losses)
@@ -224,7 +225,8 @@ def _type(tensor: Tensor | None) -> int:
 def _panels(x: Tensor) -> Tensor:
     """x [B, D] -> flat panels of up to 64 documents, each [D, columns], filled with zeros to whole vectors."""
     xt = x.detach().t().to(torch.float32)
-    xt = torch.nn.functional.pad(xt, (0, -len(x) % _LINE))
+    if len(x) % _LINE:
+        xt = torch.nn.functional.pad(xt, (0, -len(x) % _LINE))
     if xt.shape[1] <= _PANEL:
         return xt.reshape(-1)
     return torch.cat([part.reshape(-1) for part in xt.split(_PANEL, dim=1)])
