@@ -3,7 +3,7 @@
     apt-get download r-bioc-go.db r-bioc-org.hs.eg.db dict-foldoc
     for package in *.deb; do dpkg-deb -x $package packages; done
     python -m study.unseen packages          # data/raw/{go,genes,foldoc} and presets/{go,genes,foldoc}.yaml
-    make compare CORPUS=genes METHODS="sparse_profiles dense_refitted bonsai" SEEDS=1
+    make compare CORPUS=genes METHODS="sparse_exchanged dense_all bonsai" SEEDS=1
 
 Unlike the study's own corpora they keep frequent labels, one of which may stand at most documents, as many collections do:
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fanin.data.batches import WINDOW, Batch, Batches, collate, positives, split
+from fanin.data.batches import WINDOW, Batch, Batches, collate, enlarge, positives, split
 from fanin.data.tokens import TokenSet
 from fanin.files import InputError
 from tiny import tiny_token_set
@@ -116,6 +116,20 @@ def test_a_split_that_leaves_nothing_is_refused(tokens: TokenSet) -> None:
         split(1000, 1000, seed=1)
     with pytest.raises(InputError, match=r"train\.validation_documents"):
         Batches(tokens, np.empty(0, np.int64), 8, seed=1, pad_id=0)
+
+
+def test_a_choice_is_enlarged_by_all_training_documents_or_by_some() -> None:
+    chosen, held_out = np.array([3, 8, 20]), np.array([4, 9])
+    every = enlarge(chosen, 40, held_out, 1000, seed=1)
+    np.testing.assert_array_equal(every, np.setdiff1d(np.arange(40), held_out))
+    some = enlarge(chosen, 40, held_out, 12, seed=1)
+    assert (len(some), some.dtype) == (12, np.int64)
+    assert np.isin(chosen, some).all()
+    assert not np.isin(held_out, some).any()
+    assert (np.diff(some) > 0).all()
+    np.testing.assert_array_equal(enlarge(chosen, 40, held_out, 12, seed=1), some)
+    assert not np.array_equal(enlarge(chosen, 40, held_out, 12, seed=2), some)
+    np.testing.assert_array_equal(enlarge(chosen, 40, held_out, 2, seed=1), chosen)
 
 
 def test_a_batch_moves_with_its_positives(tokens: TokenSet) -> None:

@@ -137,18 +137,6 @@ def test_labels_with_fewer_words_than_they_may_read_are_filled_up(tmp_path):
         assert torch.isfinite(weight).all()
 
 
-def test_words_come_from_all_training_documents_or_from_many(monkeypatch):
-    embedded, held_out = np.array([3, 8, 20]), np.array([4, 9])
-    every = label_words.choose_rows(40, embedded, held_out, seed=1)
-    np.testing.assert_array_equal(every, np.setdiff1d(np.arange(40), held_out))
-    monkeypatch.setattr(label_words, "DOCUMENTS", 12)
-    some = label_words.choose_rows(40, embedded, held_out, seed=1)
-    assert len(some) == 12
-    assert np.isin(embedded, some).all()
-    assert not np.isin(held_out, some).any()
-    assert (np.diff(some) > 0).all()
-
-
 # the head ------------------------------------------------------------------------------------------------------------
 
 

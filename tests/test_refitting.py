@@ -54,7 +54,9 @@ def test_the_head_learns_the_embeddings_that_it_is_given(project, kind, group):
     embeddings = np.stack([directions[own].sum(0) for own in tokens.labels(ROWS)]).astype(np.float16)
     others = {k: v.clone() for k, v in classifier.state_dict().items() if not k.startswith("head.")}
     before = right(classifier, tokens, embeddings)
-    assert refit(classifier, tokens, ROWS, embeddings, 30) == 30 * len(ROWS) // 8
+    found = refit(classifier, tokens, ROWS, embeddings, 30)
+    assert found["refitted"] == 30 * len(ROWS) // 8
+    assert (found["exchanged"] > 0) == (kind == "fixed_fan_in")
     assert before < 0.2
     assert right(classifier, tokens, embeddings) > 0.8
     for name, tensor in others.items():

@@ -411,13 +411,12 @@ def test_a_recoded_head_says_when_and_how_well(tmp_path: Path) -> None:
     root = make_project(tmp_path, config)
     config.rewiring.recode_at = 0.8
     train = json.loads((root / "reports/train.json").read_text())
-    _json(
-        root / "reports/train.json",
-        train | {"recoding": {"step": 660, "labels": 280, "residual": 0.2126, "refitted": 1500}, "moved": 0.409},
-    )
+    recoding = {"step": 660, "labels": 280, "residual": 0.2126, "refitted": 1500, "exchanged": 4321}
+    _json(root / "reports/train.json", train | {"recoding": recoding, "moved": 0.409})
     text = " ".join(page_of(root, config).text.split())
     assert "At step 660, 280 labels were coded anew" in text
-    said = "leave 21.3% of a row in the mean. The head then learnt alone from those documents' embeddings, 1,500 steps. "
+    said = "leave 21.3% of a row in the mean. The head then learnt alone from those documents' embeddings, 1,500 steps, "
+    said += "on the way exchanging 4,321 index entries for such as lower its loss more. "
     assert said + "40.9% of the index entries read another feature than at the start." in text
     assert "its indices stay as they were" not in text
 

@@ -22,7 +22,7 @@ from fanin.metrics import csr, match, precision
 from fanin.model import Classifier
 from fanin.retrieval import rank
 from fanin.trainer import Trainer
-from training_folder import Forks, assert_same_run, prepare, train_in
+from training_folder import DOCUMENTS, Forks, assert_same_run, prepare, train_in
 
 
 @pytest.fixture(scope="module")
@@ -139,23 +139,41 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_one_is_dead(folde
     assert_same_run(path, "run", "twice")
 
 
-@pytest.mark.parametrize(("at", "step"), [(0.0, None), (0.001, 1), (0.45, 18), (1.0, 40)])
-def test_recoding_comes_once_when_it_is_due(folder, monkeypatch, at, step):
+@pytest.mark.parametrize(
+    ("at", "step", "epochs", "budget"),
+    [
+        (0.0, None, 1, 10**6),
+        (0.001, 1, 1, 10**6),
+        (0.45, 18, 1, 10**6),
+        (1.0, 40, 1, 10**6),
+        (0.45, 18, 2, 110),
+        (0.45, 18, 0, 110),
+    ],
+)
+def test_recoding_comes_once_when_it_is_due(folder, tmp_path, at, step, epochs, budget):
+    """Of the start's sample; where the head is refitted, of all training documents that the budget allows."""
     path, config, _ = folder
+    shutil.copytree(path / "data", tmp_path / "data")
+    sample = np.sort(np.random.default_rng(0).permutation(DOCUMENTS - config.train.validation_documents)[:90])
+    for name in ("documents", "embeddings"):
+        file = tmp_path / "data/embeddings" / f"{name}.npy"
+        np.save(file, np.load(file)[sample])
     config = copy.deepcopy(config)
-    config.rewiring.recode_at, config.train.validate_every = at, 0
+    config.rewiring.recode_at, config.rewiring.refit_epochs, config.train.validate_every = at, epochs, 0
+    config.encoder.embed_documents = budget
     logged = {}
 
     def log(metrics, step):
         if "recoding/labels" in metrics:
             logged[step] = metrics
 
-    summary = train_in(path, config, f"recoded-{at}", log)
+    summary = train_in(tmp_path, config, "recoded", log)
     assert list(logged) == ([] if step is None else [step])
     assert (summary["recoding"] or {}).get("step") == step
-    if step:  # one epoch, by then without accumulation
-        documents = len(np.load(path / "data/embeddings/documents.npy"))
-        assert summary["recoding"]["refitted"] == -(-documents // config.train.batch)
+    if step:  # by then without accumulation
+        documents = min(budget, DOCUMENTS - config.train.validation_documents) if epochs else 90
+        assert summary["recoding"]["documents"] == documents
+        assert summary["recoding"]["refitted"] == epochs * -(-documents // config.train.batch)
 
 
 def test_the_auxiliary_branch_is_freed_at_the_cut_off(folder, monkeypatch):

@@ -70,11 +70,18 @@ def load_label_documents(tokens_folder: str | Path, embeddings_folder: str | Pat
     tokens = TokenSet.open(tokens_folder / "train.arrow")
     embeddings, documents = load_embeddings(embeddings_folder, "embeddings.npy", "documents.npy", len(tokens))
     _, held_out = load_embeddings(embeddings_folder, "validation.npy", "validation_documents.npy", len(tokens))
+    return label_documents(tokens, labels, embeddings, documents, held_out)
+
+
+def label_documents(
+    tokens: TokenSet, labels: int, embeddings: np.ndarray, documents: np.ndarray, held_out: np.ndarray
+) -> LabelDocuments:
+    """Those of `labels` labels among the ascending rows `documents` [N] of `tokens`, whose embeddings are `embeddings`
+    [N, D]; the rows `held_out` are no training documents."""
     position = np.full(len(tokens), -1, np.int32)
     position[documents] = np.arange(len(documents), dtype=np.int32)
     trained = np.ones(len(tokens), bool)
     trained[held_out] = False
-
     frequency = tokens.label_frequency(np.flatnonzero(trained), labels)
     offsets, members = invert(tokens, position, labels)
     return LabelDocuments(embeddings, offsets, members, frequency, int(trained.sum()))

@@ -106,6 +106,7 @@ class Rewiring:
     end_fraction: float = 0.66  # of training; no rewiring after it
     recode_at: float = 0.0  # of training: when every label is coded anew by its documents' present embeddings; 0: never
     refit_epochs: int = 0  # right after recoding: epochs of the head alone over those embeddings
+    exchange: float = 0.2  # of a sparse label's features, three times while refitting: for those that lower its loss more
 
 
 @dataclass
@@ -241,6 +242,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "rewiring.end_fraction": (0, 1),
     "rewiring.recode_at": (0, 1),
     "rewiring.refit_epochs": (0, 1000),
+    "rewiring.exchange": (0, 1),
     "auxiliary.weight": (0, 1),
     "auxiliary.cutoff": (0, 10**6),
     "train.epochs": (1e-6, 10**6),

@@ -1,15 +1,14 @@
 """Recoding while training: labels are drawn towards their documents as the encoder sees them by then, and coded anew.
 
 A row of the head learns from its label's own documents. Most labels of a long tail have few, and an epoch shows each of them
-once: while the encoder moves, their rows stay where the start put them. So once, well into training, a sample of documents
-is embedded anew, and each label's row, in coordinates that whiten those embeddings, is turned towards the centroid of its
+once: while the encoder moves, their rows stay where the start put them. So once, well into training, documents are embedded
+anew, and each label's row, in coordinates that whiten those embeddings, is turned towards the centroid of its
 documents and expressed by the features as they are now: K of them where the head is sparse (words stay). Training then goes
 on. Other rewiring moves single indices and starts them at zero; here a label's whole row is chosen again, with its weights.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fanin.centroids import LabelDocuments, load_label_documents
+from fanin.centroids import LabelDocuments, label_documents, load_embeddings
+from fanin.data.batches import enlarge
 from fanin.data.tokens import TokenSet
 from fanin.embeddings import embed
 from fanin.files import InputError
@@ -35,14 +35,18 @@ EVIDENCE = 30  # training documents of a label that make its learnt row count as
 
 
 def recode_now(classifier: Classifier, tokens_folder: Path, embeddings_folder: Path, scratch: Path) -> dict[str, float]:
-    """Embed the start's sample of training documents anew, in the folder `scratch` (gone afterwards), `recode`, and `refit`.
+    """Embed training documents anew, in the folder `scratch` (gone afterwards), `recode`, and `refit`.
 
-    All of the classifier's ranks call this, with the same folders on a disk that all see. Returns what `recode` does, and
-    refitted (the head's steps). Raises InputError where the folders do not fit together, or an embedding is not finite.
+    These are the start's sample, which covers the labels, and where the head is refitted as many others as
+    `encoder.embed_documents` allows. All of the classifier's ranks call this, with the same folders on a disk that all see.
+    Returns what `recode` and `refit` do, and documents (those embedded). Raises InputError where the folders do
+    not fit together, or an embedding is not finite.
     """
-    ranks, tokens = classifier.ranks, TokenSet.open(tokens_folder / "train.arrow")
-    source = load_label_documents(tokens_folder, embeddings_folder)
-    rows = np.load(embeddings_folder / "documents.npy")
+    ranks, tokens, config = classifier.ranks, TokenSet.open(tokens_folder / "train.arrow"), classifier.config
+    _, rows = load_embeddings(embeddings_folder, "embeddings.npy", "documents.npy", len(tokens))
+    _, held_out = load_embeddings(embeddings_folder, "validation.npy", "validation_documents.npy", len(tokens))
+    if config.rewiring.refit_epochs:
+        rows = enlarge(rows, len(tokens), held_out, config.encoder.embed_documents, config.seed)
     first, last = ranks.share(len(rows))
     pad_id, precision = classifier.tokenizer.pad_token_id or 0, classifier.precision
     try:
@@ -52,8 +56,8 @@ def recode_now(classifier: Classifier, tokens_folder: Path, embeddings_folder: P
             embed(classifier.encoder, tokens, rows[first:last], own, pad_id=pad_id, precision=precision, desc="recoding")
         parts = [np.load(scratch / f"{rank}.npy", mmap_mode="r") for rank in range(ranks.size)]
         now = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        found = recode(classifier, dataclasses.replace(source, embeddings=now))
-        return found | {"refitted": refit(classifier, tokens, rows, now, classifier.config.rewiring.refit_epochs)}
+        found = recode(classifier, label_documents(tokens, classifier.labels, now, rows, held_out))
+        return found | {"documents": len(rows)} | refit(classifier, tokens, rows, now, config.rewiring.refit_epochs)
     finally:
         if ranks.leads:
             shutil.rmtree(scratch, ignore_errors=True)

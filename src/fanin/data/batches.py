@@ -16,6 +16,7 @@ from fanin.ranks import ALONE, Ranks
 
 WINDOW = 64  # batches sorted by length together: little padding, and still a fresh mix every epoch
 _SPLIT_STREAM = 0x5B117  # keeps the split's random numbers apart from the batches' for the same seed
+_OTHERS_STREAM = 0x30D5  # and those of `enlarge`
 
 
 @dataclass
@@ -104,6 +105,17 @@ def positives(labels: Sequence[np.ndarray], label_rows: np.ndarray | None = None
         flat = label_rows[flat]
     order = np.argsort(flat, kind="stable")  # the documents are ascending already
     return Positives(torch.from_numpy(flat[order]), torch.from_numpy(documents[order]))
+
+
+def enlarge(chosen: np.ndarray, documents: int, held_out: np.ndarray, budget: int, seed: int) -> np.ndarray:
+    """Ascending int64 rows: those `chosen`, and others of 0 to documents - 1 drawn at random until they are `budget`; none of
+    `held_out`."""
+    other = np.ones(documents, bool)
+    other[chosen] = other[held_out] = False
+    rest, left = np.flatnonzero(other), max(budget - len(chosen), 0)
+    if len(rest) > left:
+        rest = np.random.default_rng([seed, _OTHERS_STREAM]).choice(rest, left, replace=False)
+    return np.union1d(chosen, rest)
 
 
 def split(documents: int, validation: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fanin.centroids import LabelDocuments, load_label_documents
 from fanin.config import Config
+from fanin.data.batches import enlarge
 from fanin.data.tokens import LABELS, TokenSet
 from fanin.devices import choose_device
 from fanin.files import InputError, atomic_path, read_json, write_json
@@ -32,7 +33,7 @@ from fanin.profiles import choose_profiled
 from fanin.start.forms import CHUNK, Expressed, FixedFanIn, Form, fit_form
 from fanin.start.ranking import Ranking
 from fanin.start.whitening import whitening
-from fanin.start.words import LIFT, LabelWords, choose_rows
+from fanin.start.words import DOCUMENTS, LIFT, LabelWords
 
 SAMPLE = 32768  # labels that a dictionary is learnt from
 HINGE_LIFT = 2.0  # squared hinge: from -1, where nearly all its targets are, to the margin at 1
@@ -138,7 +139,7 @@ def _words(config: Config, tokens_folder: Path, embeddings_folder: Path, source:
         return None
     tokens = TokenSet.open(tokens_folder / "train.arrow")
     embedded, held_out = (np.load(embeddings_folder / name) for name in ("documents.npy", "validation_documents.npy"))
-    rows = choose_rows(len(tokens), embedded, held_out, config.seed)
+    rows = enlarge(embedded, len(tokens), held_out, DOCUMENTS, config.seed)  # the embedded ones cover the labels
     vocabulary, inner = read_json(tokens_folder / "tokens.json")["vocabulary"], config.head.intermediate or source.width
     count, words = lexical_sizes(config.head, vocabulary, inner, source.labels)
     return LabelWords(

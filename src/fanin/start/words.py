@@ -18,19 +18,6 @@ LIFT = {"bce": 8.0, "squared_hinge": 2.0}  # a start's logit for a document whos
 DOCUMENTS = 2**20  # training documents that words are taken from, at most
 MEMBERS = 256  # of a label's documents that its words are taken from, at most: a few words need no more
 _TOKENS = 2**21  # of documents looked at together, about
-_CHOICE_STREAM = 0x30D5  # keeps the choice's random numbers apart from others of the same seed
-
-
-def choose_rows(documents: int, embedded: np.ndarray, held_out: np.ndarray, seed: int) -> np.ndarray:
-    """The rows that words are taken from: the embedded ones, which cover the labels, and others drawn at random, at most
-    `DOCUMENTS` together; none of those held out."""
-    other = np.ones(documents, bool)
-    other[embedded] = other[held_out] = False
-    rest = np.flatnonzero(other)
-    left = max(DOCUMENTS - len(embedded), 0)
-    if len(rest) > left:
-        rest = np.random.default_rng([seed, _CHOICE_STREAM]).choice(rest, left, replace=False)
-    return np.union1d(embedded, rest)
 
 
 class LabelWords:
