@@ -178,8 +178,11 @@ def _sums(features: Tensor, slopes: _Slopes, start: int, stop: int) -> tuple[Ten
 def _exchange(part: FixedFanIn, groups: Tensor, gradient: Tensor, curvature: Tensor, count: int) -> int:
     """Exchange up to `count` features of each of `groups` [n], given the sums [n * G, D'] of their labels. Returns how many."""
     group, inner, labels = part.group, part.inner_fan_in, _labels_of(groups, part)
-    names = [name for name in ("weight", "momentum", "compensation") if getattr(part, name) is not None]
-    held = {name: raw(tensor)[labels, :inner].view(tensor.dtype) for name in names for tensor in [getattr(part, name)]}
+    held = {
+        name: raw(tensor)[labels, :inner].view(tensor.dtype)
+        for name in ("weight", "momentum", "compensation")
+        if (tensor := getattr(part, name)) is not None
+    }
     index = raw(part.index)[groups, :inner].view(part.index.dtype)
     read = index.to(torch.int64)
     curvature.clamp_min_(1e-12)
