@@ -1,8 +1,8 @@
 """What a GPU machine can tell in one call of under ten minutes: the tests marked gpu, the layer's benchmark, memory records.
 
 Needs torch, triton, numpy, safetensors and pytest (with pytest-xdist it is faster); neither mlflow nor dvc. The memory records
-(Amazon-3M's shape, sparse and dense, and 1,000,000,000 labels) also need transformers, omegaconf and psutil; where those are
-missing they are left out, and named. Wheels unpacked into a folder that PYTHONPATH names will do. Records and what was printed
+(Amazon-3M's shape, sparse and dense, and 1,000,000,000 labels) and the test of the exchange of features also need transformers,
+omegaconf and psutil; where those are missing they are left out, and named. Wheels unpacked into a folder that PYTHONPATH names will do. Records and what was printed
 go to the folder named in $OUT, else to benchmarks/results/.
 """
 
@@ -32,7 +32,9 @@ def main() -> int:
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1"}
     end = time.monotonic() + SECONDS
-    pytest = ["-m", "pytest", "-q", "-o", "addopts=", "-m", "gpu and not slow", *TESTS]
+    lacking = [name for name in ("transformers", "omegaconf", "psutil") if importlib.util.find_spec(name) is None]
+    tests = TESTS if lacking else [*TESTS, "tests/test_exchange.py"]
+    pytest = ["-m", "pytest", "-q", "-o", "addopts=", "-m", "gpu and not slow", *tests]
     workers = min((os.cpu_count() or 1) // 2, 10)  # most of their time goes into compiling kernels
     if importlib.util.find_spec("xdist") and workers > 1:
         pytest += ["-n", str(workers)]
@@ -42,7 +44,6 @@ def main() -> int:
     layer = ["benchmarks/classifier_step.py", "--out", str(out), "--only"]
     work = {f"classifier_step_{only}": [*layer, only] for only in ("step", "topk", "rewire", "growth")}
     work["tune"] = ["benchmarks/tune.py", "--shipped", "--out", str(out)]
-    lacking = [name for name in ("transformers", "omegaconf", "psutil") if importlib.util.find_spec(name) is None]
     if lacking:
         print(f"memory: left out, for {', '.join(lacking)} cannot be imported here")
     else:

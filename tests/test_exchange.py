@@ -174,3 +174,16 @@ def test_heads_that_choose_no_features_stay(project, embeddings, kind):
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
     assert exchange(classifier, project[1], ROWS, embeddings, 0.25) == 0
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 8])
+def test_on_a_gpu_as_on_a_cpu(project, embeddings, monkeypatch, group):
+    monkeypatch.setattr(module, "LEAST", 4)
+    here, there = build(project, group=group), build(project, group=group).to("cuda")
+    found = [exchange(classifier, project[1], ROWS, embeddings, 0.25) for classifier in (here, there)]
+    assert min(found) > 0
+    assert (there.head.index.cpu() == here.head.index).float().mean() > 0.98  # near ties may fall otherwise
+    check_index(there.head.index, there.head.width)
+    same = (there.head.index.cpu() == here.head.index).repeat_interleave(group, 0)[: here.head.labels]
+    torch.testing.assert_close(there.head.weight.cpu()[same], here.head.weight[same], rtol=1e-2, atol=1e-3)

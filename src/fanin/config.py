@@ -44,7 +44,7 @@ class Encoder:
     dropout: float = 0.0  # on the embedding
     hidden_dropout: float | None = None  # the model's own dropout; null: what its config says
     checkpointing: bool = False  # recompute each layer's activations in the backward pass: less memory, a third more time
-    # training documents embedded for clusters, start and recoding, at most: what gives every label four of its own, or 30,000
+    # training documents embedded at most; clusters and start need four of every label, or 30,000, refitting takes all it may
     embed_documents: int = 70_000
 
 
