@@ -2,8 +2,8 @@
 
 Needs torch, triton, numpy, safetensors and pytest (with pytest-xdist it is faster); neither mlflow nor dvc. The memory records
 (Amazon-3M's shape, sparse and dense, and 1,000,000,000 labels) and the test of the exchange of features also need transformers,
-omegaconf and psutil; where those are missing they are left out, and named. Wheels unpacked into a folder that PYTHONPATH names will do. Records and what was printed
-go to the folder named in $OUT, else to benchmarks/results/.
+omegaconf and psutil; where those are missing they are left out, and named. Wheels unpacked into a folder that PYTHONPATH names
+will do. Records and what was printed go to the folder named in $OUT, else to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> int:
     work = {f"classifier_step_{only}": [*layer, only] for only in ("step", "topk", "rewire", "growth")}
     work["tune"] = ["benchmarks/tune.py", "--shipped", "--out", str(out)]
     if lacking:
-        print(f"memory: left out, for {', '.join(lacking)} cannot be imported here")
+        print(f"memory, tests of exchange: left out, for {', '.join(lacking)} cannot be imported here")
     else:
         memory = {"memory": ["benchmarks/memory.py", "--out", str(out), "--only", *MEMORY]}
         work = {"classifier_step_step": work.pop("classifier_step_step"), **memory, **work}
