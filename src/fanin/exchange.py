@@ -127,10 +127,17 @@ def _slopes(
 
 
 def _derivatives(z: Tensor, true: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """The loss's first and second derivative at logits z [E] of labels that are `true` [E] or not."""
+    """The loss's slope at logits z [E] of labels that are `true` [E] or not, and its curvature.
+
+    A logit far on the wrong side has a slope and hardly a second derivative: one such document would outweigh all others, and
+    its Newton step lead anywhere. There the curvature is that of the parabola that bounds the loss and touches it at z
+    (Jaakkola & Jordan, Statistics and Computing 2000).
+    """
     if loss == "bce":
         p = z.sigmoid()
-        return p - true.float(), p * (1 - p)
+        slope = p - true.float()
+        bound = torch.where(z.abs() > 1e-3, (z / 2).tanh() / (2 * z), 0.25)
+        return slope, torch.where(slope.abs() > 0.5, bound, p * (1 - p))
     sign = true.float() * 2 - 1
     short = (1 - sign * z).clamp_min(0)
     return -2 * sign * short, 2 * (short > 0).float()
