@@ -131,12 +131,12 @@ def needed(method: str, seed: int = 1, **settings: Any) -> dict[str, str]:
 
 
 def test_runs_share_what_dvc_would_restore() -> None:
-    one = needed("sparse_profiles")
-    assert one == needed("sparse_longer") == needed("sparse_4") == needed("sparse_profiles", **{"train.head_lr": 0.1})
+    one = needed("sparse_exchanged")
+    assert one == needed("sparse_exchanged_4") == needed("sparse_all") == needed("sparse_exchanged", **{"train.head_lr": 0.1})
     assert one["embeddings"] == needed("dense_start")["embeddings"]
     assert one["start"] != needed("dense_start")["start"]
-    assert one["embeddings"] != needed("sparse_profiles", 2)["embeddings"]  # the seed holds other documents out
-    assert one["embeddings"] != needed("sparse_profiles", **{"train.validation_documents": 500})["embeddings"]
+    assert one["embeddings"] != needed("sparse_exchanged", 2)["embeddings"]  # the seed holds other documents out
+    assert one["embeddings"] != needed("sparse_exchanged", **{"train.validation_documents": 500})["embeddings"]
     assert set(needed("group16")) == {"embeddings", "clusters", "start"}
     assert set(needed("sparse_auxiliary")) == {"embeddings", "clusters", "start"}
     assert needed("group16")["embeddings"] == one["embeddings"]
