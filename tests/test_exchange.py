@@ -13,8 +13,10 @@ from fanin.data.tokens import TokenSet
 from fanin.exchange import DAMPING, exchange
 from fanin.heads import FixedFanIn
 from fanin.kernels.layer import decode, raw
+from fanin.memory.plan import exchange_buffers
 from fanin.model import Classifier
 from fanin.rewiring import check_index
+from test_memory import Live
 from training_folder import DOCUMENTS, LABELS, prepare
 
 ROWS = np.arange(0, DOCUMENTS, 2)
@@ -152,6 +154,21 @@ def test_what_serves_least_goes_for_what_serves_most(project, embeddings, monkey
     after = classifier.state_dict()
     changed = {name.rpartition(".")[2] for name, value in before.items() if not torch.equal(raw(value), raw(after[name]))}
     assert changed == {"weight", "index", "momentum"} | ({"compensation"} if part.compensation is not None else set())
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_it_takes_no_more_than_was_planned(project, embeddings, monkeypatch, group):
+    """All pairs are told here, 60 of each document."""
+    monkeypatch.setattr(module, "SLIGHT", 0.0)
+    monkeypatch.setattr(module, "LEAST", 1)
+    classifier, (_, tokens) = build(project, group=group), project
+    head = classifier.head
+    planned = exchange_buffers(project[0].head, LABELS, INNER, len(ROWS), head.width - INNER)
+    live = Live(*classifier.parameters(), *classifier.buffers())
+    before = live.now
+    with live:
+        exchange(classifier, tokens, ROWS, embeddings, 0.25)
+    assert 0.4 * planned < live.peak - before < 1.1 * planned
 
 
 def test_labels_find_the_features_that_decide(project, embeddings, monkeypatch):

@@ -285,6 +285,10 @@ def test_only_a_sparse_head_has_indices_and_rewiring() -> None:
     assert dense.indices == 0
     assert "rewire" in sparse.phases
     assert "rewire" not in dense.phases
+    refitted = {"recode_at": 0.8, "refit_epochs": 2}
+    assert "exchange" in plan(settings(rewiring=refitted)).phases
+    for other in (settings("dense", rewiring=refitted), settings(rewiring=refitted | {"exchange": 0.0})):
+        assert "exchange" not in plan(other).phases
 
 
 def test_momentum_and_half_precision_are_seen() -> None:

@@ -31,9 +31,9 @@ LEAST = 5  # documents of a label that let it choose: fewer say too little
 DAMPING = 0.25
 SLIGHT = 1e-3  # of a slope: a document counts for that label as the average one does
 _DOCUMENTS = 64  # at once, words and all
-_COLUMNS = 256  # features summed at once
+_COLUMNS = 128  # features summed at once
 _LABELS = 2**15  # asked at once
-_ROWS = 4096  # and summed
+_ROWS = 1024  # and summed
 
 
 class _Slopes(NamedTuple):
@@ -122,6 +122,7 @@ def _slopes(
         for other, each in zip(others, derivatives, strict=True):
             other += each.put_(telling, each.new_zeros(()).expand(len(telling))).sum(0)
     documents, place, *values = (torch.cat(each) for each in zip(*found, strict=True))
+    del found
     place, order = place.sort(stable=True)
     return _Slopes(place, documents[order], *(each[order] for each in values), *others)
 

@@ -183,6 +183,11 @@ def predict(
         method, prune, rows = config.rewiring.method, config.rewiring.prune, labels - head.dense_labels(labels)
         rewire = rewire_buffers(head, rows, inner, batch, method, prune, lexical)
         phases["rewire"] = Phase(temporaries=rewire + tail)
+    if head.sparse and config.rewiring.recode_at and config.rewiring.refit_epochs and config.rewiring.exchange:
+        embedded = min(documents, config.encoder.embed_documents)
+        phases["exchange"] = Phase(
+            temporaries=exchange_buffers(head, labels - head.dense_labels(labels), inner, embedded, lexical)
+        )
     return Plan(
         baseline=baseline,
         encoder=_FLOAT * trained,
@@ -256,6 +261,18 @@ def step_buffers(head: HeadSettings, labels: int, features: int, batch: int, dev
     rounding = 80 if head.dtype == "fp8" and head.rounding == "stochastic" else 36
     update = features * (2 * _FLOAT * chunk + rounding * min(ROUNDED, chunk))
     return vectors + logits + max(logits, update)
+
+
+def exchange_buffers(head: HeadSettings, labels: int, features: int, documents: int, words: int = 0) -> int:
+    """What `exchange.exchange` allocates at its highest on `documents`, 64 pairs told of each; words: features that it leaves."""
+    asked, pairs = min(labels, 2**15), 64 * documents
+    summed = min(1024, labels) * features * _FLOAT
+    found = 2 * documents * features  # the encoder's features in bfloat16
+    asking = 64 * (_FLOAT * 2 * (features + words) + 22 * asked) + 32 * pairs  # x, the logits and what is made of them
+    ordering = 44 * pairs
+    summing = 16 * pairs + 2 * _FLOAT * documents * min(128, features) + 2 * summed
+    choosing = 16 * pairs + 6 * summed
+    return found + max(asking, ordering, summing, choosing)
 
 
 def rewire_buffers(head: HeadSettings, labels: int, features: int, batch: int, method: str, prune: str, words: int = 0) -> int:
