@@ -184,10 +184,8 @@ def predict(
         rewire = rewire_buffers(head, rows, inner, batch, method, prune, lexical)
         phases["rewire"] = Phase(temporaries=rewire + tail)
     if head.sparse and config.rewiring.recode_at and config.rewiring.refit_epochs and config.rewiring.exchange:
-        embedded = min(documents, config.encoder.embed_documents)
-        phases["exchange"] = Phase(
-            temporaries=exchange_buffers(head, labels - head.dense_labels(labels), inner, embedded, lexical)
-        )
+        rows, embedded = labels - head.dense_labels(labels), min(documents, config.encoder.embed_documents)
+        phases["exchange"] = Phase(temporaries=exchange_buffers(head, rows, inner, embedded, lexical))
     return Plan(
         baseline=baseline,
         encoder=_FLOAT * trained,
@@ -264,7 +262,7 @@ def step_buffers(head: HeadSettings, labels: int, features: int, batch: int, dev
 
 
 def exchange_buffers(head: HeadSettings, labels: int, features: int, documents: int, words: int = 0) -> int:
-    """What `exchange.exchange` allocates at its highest on `documents`, 64 pairs told of each; words: features that it leaves."""
+    """What `exchange.exchange` allocates at its highest, where 64 pairs are told of a document; words: features that it leaves."""
     asked, pairs = min(labels, 2**15), 64 * documents
     summed = min(1024, labels) * features * _FLOAT
     found = 2 * documents * features  # the encoder's features in bfloat16
