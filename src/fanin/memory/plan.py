@@ -262,7 +262,7 @@ def step_buffers(head: HeadSettings, labels: int, features: int, batch: int, dev
 
 
 def exchange_buffers(head: HeadSettings, labels: int, features: int, documents: int, words: int = 0) -> int:
-    """What `exchange.exchange` allocates at its highest, where 64 pairs are told of a document; words: features that it leaves."""
+    """What `exchange.exchange` allocates at its highest, 64 pairs told of a document; words: features that it leaves."""
     asked, pairs = min(labels, 2**15), 64 * documents
     summed = min(1024, labels) * features * _FLOAT
     found = 2 * documents * features  # the encoder's features in bfloat16
