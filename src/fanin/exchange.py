@@ -24,6 +24,7 @@ from fanin.data.batches import collate, positives
 from fanin.data.tokens import TokenSet
 from fanin.heads import FixedFanIn
 from fanin.kernels.layer import Layer, decode, raw, store
+from fanin.kernels.reference import expand, logit_gradient_
 from fanin.model import Classifier
 
 AT = (0.1, 0.3, 0.5)  # of refitting: the rest of it brings old and new weights together
@@ -110,13 +111,16 @@ def _slopes(
         ids, mask = collate(tokens.ids(own), pad_id)
         x = classifier.join(features[start : start + len(own)].float(), ids.to(device), mask.to(device))
         z = backend.logits(x, layer)
-        true = torch.zeros_like(z, dtype=torch.bool)
         pairs = positives(tokens.labels(own), classifier.label_rows).between(begin, begin + part.labels).to(device)
         place = torch.searchsorted(labels, pairs.labels).clamp_max_(len(labels) - 1)
         here = labels[place] == pairs.labels
-        true[pairs.documents[here], place[here]] = True
-        derivatives = _derivatives(z, true, part.loss)
-        telling = (true | (derivatives[0].abs() >= SLIGHT)).flatten().nonzero()[:, 0]
+        place, documents = place[here], pairs.documents[here]
+        slope = z.clone()
+        logit_gradient_(slope.t(), place, documents, part.loss, False)
+        derivatives = (slope, _curvature(z, slope, part.loss))
+        told = slope.abs() >= SLIGHT
+        told[documents, place] = True
+        telling = told.flatten().nonzero()[:, 0]
         documents, place = (telling // len(labels) + start).int(), (telling % len(labels)).int()
         found.append((documents, place, *(each.take(telling) for each in derivatives)))
         for other, each in zip(others, derivatives, strict=True):
@@ -127,21 +131,18 @@ def _slopes(
     return _Slopes(place, documents[order], *(each[order] for each in values), *others)
 
 
-def _derivatives(z: Tensor, true: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """The loss's slope at logits z [E] of labels that are `true` [E] or not, and its curvature.
+def _curvature(z: Tensor, slope: Tensor, loss: str) -> Tensor:
+    """Of the loss at logits z [B, n], where it has the slopes [B, n].
 
     A logit far on the wrong side has a slope and hardly a second derivative: one such document would outweigh all others, and
     its Newton step lead anywhere. There the curvature is that of the parabola that bounds the loss and touches it at z
     (Jaakkola & Jordan, Statistics and Computing 2000).
     """
-    if loss == "bce":
-        p = z.sigmoid()
-        slope = p - true.float()
-        bound = torch.where(z.abs() > 1e-3, (z / 2).tanh() / (2 * z), 0.25)
-        return slope, torch.where(slope.abs() > 0.5, bound, p * (1 - p))
-    sign = true.float() * 2 - 1
-    short = (1 - sign * z).clamp_min(0)
-    return -2 * sign * short, 2 * (short > 0).float()
+    size = slope.abs()
+    if loss == "squared_hinge":
+        return 2 * (size > 0).float()
+    bound = torch.where(z.abs() > 1e-3, (z / 2).tanh() / (2 * z), 0.25)
+    return torch.where(size > 0.5, bound, size * (1 - size))
 
 
 def _choosing(frequency: Tensor, group: int) -> Tensor:
@@ -194,15 +195,15 @@ def _exchange(part: FixedFanIn, groups: Tensor, gradient: Tensor, curvature: Ten
     index = raw(part.index)[groups, :inner].view(part.index.dtype)
     read = index.to(torch.int64)
     curvature.clamp_min_(1e-12)
-    cost = decode(held["weight"]).square() * curvature.gather(1, _of_labels(read, labels, group))
+    cost = decode(held["weight"]).square() * curvature.gather(1, expand(read, len(labels), group))
     cost, place = _of_groups(cost, group).topk(count, dim=1, largest=False)
     gain, best = _of_groups(gradient.square() / curvature, group).scatter_(1, read, -1.0).topk(count, dim=1)
     better = gain > cost  # the best against the cheapest, the second best against the second
     new = read.scatter(1, place, torch.where(better, best, read.gather(1, place)))
     fresh = torch.zeros_like(read, dtype=torch.bool).scatter_(1, place, better)
     exchanged = rewiring.move_(index, new, fresh, held.values(), group)
-    fresh = _of_labels(fresh.gather(1, new.argsort(dim=1)), labels, group)
-    step = (gradient / curvature).gather(1, _of_labels(index.to(torch.int64), labels, group)).mul_(-DAMPING)
+    fresh = expand(fresh.gather(1, new.argsort(dim=1)), len(labels), group).bool()
+    step = (gradient / curvature).gather(1, expand(index, len(labels), group)).mul_(-DAMPING)
     store(held["weight"], torch.where(fresh, step, decode(held["weight"])), None)
     for name, rows in held.items():
         raw(getattr(part, name))[labels, :inner] = raw(rows)
@@ -213,8 +214,3 @@ def _exchange(part: FixedFanIn, groups: Tensor, gradient: Tensor, curvature: Ten
 def _of_groups(rows: Tensor, group: int) -> Tensor:
     """[n * G, m] -> [n, m], summed; the last group may be short."""
     return rows if group == 1 else F.pad(rows, (0, 0, 0, -len(rows) % group)).view(-1, group, rows.shape[1]).sum(1)
-
-
-def _of_labels(rows: Tensor, labels: Tensor, group: int) -> Tensor:
-    """[n, m] of groups -> [n * G, m], each one's row for all of its `labels`."""
-    return rows.repeat_interleave(group, 0)[: len(labels)]
