@@ -50,7 +50,7 @@ def load_methods(path: Path = TABLE) -> dict[str, Method]:
     for name, entry in table.items():
         if not isinstance(entry, dict) or "about" not in entry or str(name) in RIVALS:
             raise InputError(f"{path}: {name}: an entry needs `about`, and a name that no rival has")
-        methods[str(name)] = _method(str(name), dict(entry), path)
+        methods[str(name)] = _method(str(name), dict(entry), methods, path)
     for method in methods.values():
         for other in filter(None, (method.of, method.bytes_of, method.against)):
             if methods.get(other) is None or methods[other].kind != "trained":
@@ -60,7 +60,7 @@ def load_methods(path: Path = TABLE) -> dict[str, Method]:
     return methods
 
 
-def _method(name: str, entry: dict[str, Any], path: Path) -> Method:
+def _method(name: str, entry: dict[str, Any], before: Mapping[str, Method], path: Path) -> Method:
     defaults = {"tier": "main", "role": "", "about": "", "bytes_of": "", "against": ""}
     common = {key: entry.pop(key, default) for key, default in defaults.items()}
     if common["tier"] not in TIERS or common["role"] not in ROLES:
@@ -73,9 +73,13 @@ def _method(name: str, entry: dict[str, Any], path: Path) -> Method:
         return Method(
             name, kind="compressed", of=entry["of"], settings={"compress": compression, number: entry[number]}, **common
         )
+    like = entry.pop("like", None)
+    if like is not None and (like not in before or before[like].kind != "trained"):
+        raise InputError(f"{path}: {name}: like: {like!r} is not a method further up that is trained")
     if set(entry) != {"settings"} or not isinstance(entry["settings"], dict):
         raise InputError(f"{path}: {name}: unknown keys {sorted(set(entry) - {'settings'})}, or no settings")
-    return Method(name, kind="trained", settings=entry["settings"], **common)
+    inherited = before[like].settings if like is not None else {}
+    return Method(name, kind="trained", settings={**inherited, **entry["settings"]}, **common)
 
 
 def choose(methods: Mapping[str, Method], names: str) -> list[Method]:

@@ -90,6 +90,7 @@ def test_methods_are_chosen_by_name_tier_and_kind() -> None:
         ("a: {about: x, compress: prune, K: 3, of: b}", "'b' is not a method"),
         ("a: {about: x, compress: zip, of: b}", "compress takes"),
         ("a: {about: x, bytes_of: bonsai, settings: {}}", "'bonsai' is not a method of this table that is trained"),
+        ("{a: {about: x, like: b, settings: {}}, b: {about: x, settings: {}}}", "a: like: 'b' is not a method further up"),
         ("{a: {about: x, settings: {}}, b: {about: x, against: a, settings: {}}}", "b: against: a has not the role dense"),
     ],
 )
@@ -98,6 +99,14 @@ def test_a_broken_entry_is_named(entry: str, message: str, tmp_path: Path) -> No
     table.write_text(entry)
     with pytest.raises(InputError, match=message):
         load_methods(table)
+
+
+def test_a_method_takes_over_what_it_is_like(tmp_path: Path) -> None:
+    table = tmp_path / "methods.yaml"
+    table.write_text("{a: {about: x, settings: {p: 1, q: 2}}, b: {about: y, like: a, settings: {q: 3, r: 4}}}")
+    methods = load_methods(table)
+    assert methods["b"].settings == {"p": 1, "q": 3, "r": 4}
+    assert methods["a"].settings == {"p": 1, "q": 2}
 
 
 def test_a_setting_that_does_not_exist_is_told() -> None:
