@@ -56,13 +56,12 @@ def exchange(classifier: Classifier, tokens: TokenSet, rows: np.ndarray, embeddi
     Each rank sees to its own labels, without the others. Returns how many of its entries read another feature now.
     """
     exchanged = 0
-    names = np.arange(classifier.labels) if classifier.label_order is None else classifier.label_order
     for first, part in classifier.head.parts():
         count = round(share * part.inner_fan_in) if isinstance(part, FixedFanIn) else 0
         if not isinstance(part, FixedFanIn) or not count:
             continue
         begin = classifier.head.first + first
-        frequency = tokens.label_frequency(rows, classifier.labels)[names[begin : begin + part.labels]]
+        frequency = tokens.label_frequency(rows, classifier.labels)[classifier.row_labels[begin : begin + part.labels]]
         choosing = _choosing(torch.from_numpy(frequency), part.group).to(classifier.device)
         if not len(choosing):
             continue
@@ -117,32 +116,38 @@ def _slopes(
         place, documents = place[here], pairs.documents[here]
         slope = z.clone()
         logit_gradient_(slope.t(), place, documents, part.loss, False)
-        derivatives = (slope, _curvature(z, slope, part.loss))
         told = slope.abs() >= SLIGHT
         told[documents, place] = True
         telling = told.flatten().nonzero()[:, 0]
+        slopes = slope.take(telling)
         documents, place = (telling // len(labels) + start).int(), (telling % len(labels)).int()
-        found.append((documents, place, *(each.take(telling) for each in derivatives)))
-        for other, each in zip(others, derivatives, strict=True):
-            other += each.put_(telling, each.new_zeros(()).expand(len(telling))).sum(0)
+        found.append((documents, place, slopes, _bounded_curvature(z.take(telling), slopes, part.loss)))
+        slope.put_(telling, slope.new_zeros(()).expand(len(telling)))  # what is left is slight
+        for other, each in zip(others, (slope, _curvature(slope, part.loss)), strict=True):
+            other += each.sum(0)
     documents, place, *values = (torch.cat(each) for each in zip(*found, strict=True))
     del found
     place, order = place.sort(stable=True)
     return _Slopes(place, documents[order], *(each[order] for each in values), *others)
 
 
-def _curvature(z: Tensor, slope: Tensor, loss: str) -> Tensor:
-    """Of the loss at logits z [B, n], where it has the slopes [B, n].
+def _curvature(slope: Tensor, loss: str) -> Tensor:
+    """The loss's second derivative in a logit, where its first is `slope`."""
+    size = slope.abs()
+    return 2 * (size > 0).float() if loss == "squared_hinge" else size * (1 - size)
+
+
+def _bounded_curvature(z: Tensor, slope: Tensor, loss: str) -> Tensor:
+    """The same at logits z, but for those on the wrong side.
 
     A logit far on the wrong side has a slope and hardly a second derivative: one such document would outweigh all others, and
     its Newton step lead anywhere. There the curvature is that of the parabola that bounds the loss and touches it at z
     (Jaakkola & Jordan, Statistics and Computing 2000).
     """
-    size = slope.abs()
     if loss == "squared_hinge":
-        return 2 * (size > 0).float()
+        return _curvature(slope, loss)
     bound = torch.where(z.abs() > 1e-3, (z / 2).tanh() / (2 * z), 0.25)
-    return torch.where(size > 0.5, bound, size * (1 - size))
+    return torch.where(slope.abs() > 0.5, bound, _curvature(slope, loss))
 
 
 def _choosing(frequency: Tensor, group: int) -> Tensor:

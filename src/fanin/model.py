@@ -129,6 +129,11 @@ class Classifier(nn.Module):
         return self.head.whole
 
     @property
+    def row_labels(self) -> np.ndarray:
+        """[L], on the host: the label id of each of the head's rows."""
+        return np.arange(self.labels) if self.label_order is None else self.label_order
+
+    @property
     def label_rows(self) -> np.ndarray | None:
         """[L] int64, on the host: the head's row of each label id, or None where that is the id."""
         if self.label_order is None:
