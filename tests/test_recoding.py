@@ -65,7 +65,7 @@ def classifier(kind: str, intermediate: int = 0, group: int = 1, dtype: str = "f
         lexical=None,
         project=project,
         labels=LABELS,
-        label_order=order,
+        row_labels=np.arange(LABELS) if order is None else order,
         ranks=ALONE,
         device=torch.device("cpu"),
     )
@@ -75,10 +75,8 @@ def classifier(kind: str, intermediate: int = 0, group: int = 1, dtype: str = "f
 def logits(made, x: torch.Tensor) -> torch.Tensor:
     """By label id [N, L]."""
     found = made.head.logits(made.project(x), 0, LABELS)
-    if made.label_order is None:
-        return found
     by_label = torch.empty_like(found)
-    by_label[:, torch.from_numpy(made.label_order)] = found
+    by_label[:, torch.from_numpy(made.row_labels)] = found
     return by_label
 
 
@@ -135,7 +133,7 @@ def test_labels_without_documents_stay_and_momenta_start_again(corpus, form, dty
         pytest.skip("a bottleneck is stored in fp32")
     made = classifier(*form, *(1,) * (3 - len(form)), dtype)
     head = made.head
-    names = np.arange(LABELS) if made.label_order is None else made.label_order
+    names = made.row_labels
     known = torch.from_numpy(corpus.known[names])
     group = getattr(head, "group", 1)
     touched = F.pad(known, (0, -LABELS % group)).view(-1, group).any(1).repeat_interleave(group)[:LABELS]
