@@ -22,6 +22,7 @@
 #include "scratch.h"
 #include "single.h"
 #include "storage.h"
+#include "tiles.h"
 #include "update.h"
 #include "vectors.h"
 
@@ -45,7 +46,10 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
         }
 #ifdef BFLOAT16_UNITS
     } else if (in_bfloat16(job)) {
-        paired_logits<NV>(job, s, x, members, job.bias ? job.bias + label : nullptr);
+        const float* bias = job.bias ? job.bias + label : nullptr;
+        pair_rows<NV>(job, s, x);
+        if (in_tiles(members)) tile_logits<NV>(s, members, bias);
+        else paired_logits<NV>(job, s, members, bias);
 #endif
     } else if constexpr (GROUPED) {
         group_logits<NV>(job, s, x, members, job.bias ? job.bias + label : nullptr);
@@ -89,7 +93,13 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
 #ifdef BFLOAT16_UNITS
     if (in_bfloat16(job)) {
         pair_gradients<NV>(s, members);
-        paired_weight<NV>(s, x, members);
+        turn_pairs<NV>(s, x);
+        if (in_tiles(members)) {
+            tile_weight<NV>(s, members);
+            if (dx) tile_input<NV>(job, s, dx, members);
+            return loss;
+        }
+        all_weight_rows<Pairs>(s, s.g_columns.data(), PANEL / 2, members, NV * LANES / 2);
         if (dx) group_input<Pairs, NV>(job, s, dx, s.pairs_l.data(), s.g_labels.data(), (members + 1) / 2);
         return loss;
     }
@@ -140,7 +150,10 @@ void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const 
         for (int64_t l = 0; l < members; l += rows)
             decode(job.weight, job.weight_type, (label + l) * n, rows * n, &s.weight[l * s.stride]);
 #ifdef BFLOAT16_UNITS
-        if (in_bfloat16(job)) pair_weights(s, members);
+        if (in_bfloat16(job)) {
+            pair_weights(s, members);
+            if (in_tiles(members)) turn_weights(s, members);
+        }
 #endif
         if (with_positives)
             for (int64_t l = 0; l < members; l++) {
@@ -203,6 +216,7 @@ extern "C" void fanin_run(const Job* given) {
 #pragma omp parallel num_threads(job.threads)
     {
         Scratch scratch(job);
+        TileSettings tiles(job);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t slice = 0; slice < job.slices; slice++) run_slice(job, scratch, slice, end_of_slice);
     }

@@ -41,6 +41,10 @@ struct Job {
 #define BFLOAT16_UNITS
 #endif
 
+#if defined(BFLOAT16_UNITS) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define MATRIX_UNIT
+#endif
+
 // Whether a step multiplies in bfloat16. All else keeps to float32, fanin_pick in the same order.
 inline bool in_bfloat16(const Job& job) {
 #ifdef BFLOAT16_UNITS

@@ -52,13 +52,17 @@ void paired_logits_block(const Scratch& s, const float* pairs, int64_t couples, 
 }
 
 template <int NV>
-void paired_logits(const Job& job, Scratch& s, const float* x, int64_t members, const float* bias) {
-    const int64_t couples = (job.fan_in + 1) / 2;
-    for (int64_t k = 0; k < couples; k++) {
+void pair_rows(const Job& job, Scratch& s, const float* x) {
+    for (int64_t k = 0; k < (job.fan_in + 1) / 2; k++) {
         const float *one = x + int64_t(s.index[2 * k]) * (NV * LANES), *two = x + int64_t(s.index[2 * k + 1]) * (NV * LANES);
         for (int v = 0; v < NV; v++)
             save(&s.rows[k * PANEL + v * LANES], coupled(load(one + v * LANES), load(two + v * LANES)));
     }
+}
+
+template <int NV>
+void paired_logits(const Job& job, Scratch& s, int64_t members, const float* bias) {
+    const int64_t couples = (job.fan_in + 1) / 2;
     auto block = [&](auto labels, int64_t l) {
         in_blocks<NV, 4>([&](auto w, int at) {
             paired_logits_block<NV, labels, w>(
@@ -84,7 +88,7 @@ void pair_gradients(Scratch& s, int64_t members) {
 }
 
 template <int NV>
-void paired_weight(Scratch& s, const float* x, int64_t members) {
+void turn_pairs(Scratch& s, const float* x) {
     for (int64_t k = 0; k < s.stride; k += LANES)
         for (int v = 0; v < NV; v += 2) {
             vf square[LANES];
@@ -96,7 +100,6 @@ void paired_weight(Scratch& s, const float* x, int64_t members) {
             for (int i = 0; i < (v + 1 < NV ? LANES : LANES / 2); i++)
                 save(&s.turned[(v * LANES / 2 + i) * s.stride + k], square[i]);
         }
-    all_weight_rows<Pairs>(s, s.g_columns.data(), PANEL / 2, members, NV * LANES / 2);
 }
 #endif
 
