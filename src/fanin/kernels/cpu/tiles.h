@@ -60,18 +60,16 @@ inline void turn_weights(Scratch& s, int64_t members) {
         }
 }
 
-// z[l] = bias[l] + sum_k weight[l][k] x[index[k]]
+// z[l] = bias[l] + sum_k weight[l][k] x[index[k]]; the bias comes last, as a tile waits long for what has just been written
 template <int NV>
 void tile_logits(Scratch& s, int64_t members, const float* bias) {
     for (int64_t l = 0; l < members; l += LANES) {
         float* z = &s.z[l * PANEL];
-        for (int i = 0; i < LANES; i++)
-            for (int v = 0; v < NV; v++) save(z + i * PANEL + v * LANES, splat(bias ? bias[l + i] : 0.0f));
         settle();
-        _tile_loadd(0, z, 4 * PANEL);
-        if constexpr (NV > 1) _tile_loadd(1, z + LANES, 4 * PANEL);
-        if constexpr (NV > 2) _tile_loadd(2, z + 2 * LANES, 4 * PANEL);
-        if constexpr (NV > 3) _tile_loadd(3, z + 3 * LANES, 4 * PANEL);
+        _tile_zero(0);
+        if constexpr (NV > 1) _tile_zero(1);
+        if constexpr (NV > 2) _tile_zero(2);
+        if constexpr (NV > 3) _tile_zero(3);
         for (int64_t k = 0; k < s.stride / 2; k += LANES) {  // pairs
             const float* rows = &s.rows[k * PANEL];
             _tile_loadd(4, &s.pairs_k[l * s.stride / 2 + k], 2 * s.stride);
@@ -85,6 +83,8 @@ void tile_logits(Scratch& s, int64_t members, const float* bias) {
         if constexpr (NV > 1) _tile_stored(1, z + LANES, 4 * PANEL);
         if constexpr (NV > 2) _tile_stored(2, z + 2 * LANES, 4 * PANEL);
         if constexpr (NV > 3) _tile_stored(3, z + 3 * LANES, 4 * PANEL);
+        for (int i = 0; bias && i < LANES; i++)
+            for (int v = 0; v < NV; v++) save(z + i * PANEL + v * LANES, load(z + i * PANEL + v * LANES) + bias[l + i]);
     }
 }
 
