@@ -25,8 +25,8 @@ inline bool matrix_unit() {
     return granted;
 }
 
-// What was written is in memory: GCC's tile loads do not say that they read it.
-inline void settle() { asm volatile("" ::: "memory"); }
+// What is written in `place`, or where it points to, is in memory: GCC's tile loads do not say that they read it.
+inline void settle(const void* place) { asm volatile("" : : "r"(place) : "memory"); }
 
 inline bool in_tiles(int64_t members) { return members % LANES == 0 && matrix_unit(); }
 
@@ -41,7 +41,7 @@ public:
         wanted.palette = 1;
         for (int tile = 0; tile < 8; tile++) wanted.bytes[tile] = ROW, wanted.rows[tile] = LANES;
         wanted.bytes[6] = ROW / 2, wanted.rows[7] = LANES / 2;
-        settle();
+        settle(&wanted);
         _tile_loadconfig(&wanted);
     }
     ~TileSettings() { if (used) _tile_release(); }
@@ -65,7 +65,7 @@ template <int NV>
 void tile_logits(Scratch& s, int64_t members, const float* bias) {
     for (int64_t l = 0; l < members; l += LANES) {
         float* z = &s.z[l * PANEL];
-        settle();
+        settle(&s);
         _tile_zero(0);
         if constexpr (NV > 1) _tile_zero(1);
         if constexpr (NV > 2) _tile_zero(2);
@@ -91,7 +91,7 @@ void tile_logits(Scratch& s, int64_t members, const float* bias) {
 // dw[l] += sum_b g[l][b] x[.][b]
 template <int NV>
 void tile_weight(Scratch& s, int64_t members) {
-    settle();
+    settle(&s);
     for (int64_t l = 0; l < members; l += LANES)
         for (int64_t k = 0; k < s.stride; k += 2 * LANES) {
             float* dw = &s.dweight[l * s.stride + k];
@@ -121,7 +121,7 @@ void tile_weight(Scratch& s, int64_t members) {
 // dx[index[k]] += sum_l weight[l][k] g[l]
 template <int NV>
 void tile_input(const Job& job, Scratch& s, float* dx, int64_t members) {
-    settle();
+    settle(&s);
     for (int64_t k = 0; k < job.fan_in; k += LANES)
         for (int v = 0; v < NV; v++) {
             _tile_zero(0);
