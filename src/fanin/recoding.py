@@ -75,7 +75,7 @@ def recode(classifier: Classifier, source: LabelDocuments) -> dict[str, float]:
     head, device = classifier.head, classifier.device
     white = whitening(source.embeddings, device)
     middle = F.pad(classifier.project(white.mean[None]), (0, classifier.lexical.width if classifier.lexical else 0))
-    labels, error = 0, 0.0
+    names, labels, error = classifier.row_labels, 0, 0.0
     for first, part in head.parts():
         form = _present_form(part, classifier.intermediate, white)
         read = middle[:, : part.width]
@@ -83,7 +83,7 @@ def recode(classifier: Classifier, source: LabelDocuments) -> dict[str, float]:
         size = -(-CHUNK // group) * group
         for start in range(0, part.labels, size):
             stop = min(start + size, part.labels)
-            own = classifier.row_labels[head.first + first + start : head.first + first + stop]
+            own = names[head.first + first + start : head.first + first + stop]
             known = torch.from_numpy(source.counts[own] > 0).to(device)
             if not known.any():
                 continue

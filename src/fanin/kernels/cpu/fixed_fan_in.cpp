@@ -48,7 +48,7 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
     } else if (in_bfloat16(job)) {
         const float* bias = job.bias ? job.bias + label : nullptr;
         pair_rows<NV>(job, s, x);
-        if (in_tiles(members)) tile_logits<NV>(s, members, bias);
+        if (in_tiles(job, members)) tile_logits<NV>(s, members, bias);
         else paired_logits<NV>(job, s, members, bias);
 #endif
     } else if constexpr (GROUPED) {
@@ -94,7 +94,7 @@ double panel(const Job& job, Scratch& s, int64_t number, int64_t label, int64_t 
     if (in_bfloat16(job)) {
         pair_gradients<NV>(s, members);
         turn_pairs<NV>(s, x);
-        if (in_tiles(members)) {
+        if (in_tiles(job, members)) {
             tile_weight<NV>(s, members);
             if (dx) tile_input<NV>(job, s, dx, members);
             return loss;
@@ -152,7 +152,7 @@ void run_slice(const Job& job, Scratch& s, int64_t slice, int64_t stop_of(const 
 #ifdef BFLOAT16_UNITS
         if (in_bfloat16(job)) {
             pair_weights(s, members);
-            if (in_tiles(members)) turn_weights(s, members);
+            if (in_tiles(job, members)) turn_weights(s, members);
         }
 #endif
         if (with_positives)

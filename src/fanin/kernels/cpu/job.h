@@ -1,6 +1,14 @@
 // What a call is about, as the Python side hands it over, and the types that its arrays can have.
 #pragma once
 #include <cstdint>
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define BFLOAT16_UNITS
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define MATRIX_UNIT
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 
 namespace {
 
@@ -37,18 +45,21 @@ struct Job {
     uint32_t weight_seed, momentum_seed;
 };
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-#define BFLOAT16_UNITS
-#endif
-
-#if defined(BFLOAT16_UNITS) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
-#define MATRIX_UNIT
-#endif
-
 // Whether a step multiplies in bfloat16. All else keeps to float32, fanin_pick in the same order.
 inline bool in_bfloat16(const Job& job) {
 #ifdef BFLOAT16_UNITS
     return job.mode == STEP && job.group > 1 && job.weight_type != FLOAT32;
+#else
+    return false;
+#endif
+}
+
+// Whether it may do so by the processor's matrix unit: Linux hands out that one's registers on request, to the whole process.
+inline bool by_matrix_unit(const Job& job) {
+#ifdef MATRIX_UNIT
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return in_bfloat16(job) && granted;
 #else
     return false;
 #endif

@@ -29,7 +29,7 @@ public:
 inline int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Scratch {
-    int64_t stride;  // K rounded up to whole vectors, of pairs in bfloat16
+    int64_t stride;  // K rounded up to whole vectors, or to whole tiles
     Lines weight, dweight, turned, z, dbias, dense, best;
     Lines pairs_k, pairs_l, rows, g_columns, g_labels;  // of two bfloat16 each, for BFLOAT16_UNITS
     Lines pairs_turned, tile;                           // for MATRIX_UNIT
@@ -39,7 +39,7 @@ struct Scratch {
     std::vector<int32_t> own_index, place;
     int64_t own = 0;
 
-    explicit Scratch(const Job& job) : stride(rounded_up(job.fan_in, in_bfloat16(job) ? 2 * LANES : LANES)) {
+    explicit Scratch(const Job& job) : stride(rounded_up(job.fan_in, by_matrix_unit(job) ? 2 * LANES : LANES)) {
         weight.assign(job.group * stride, 0.0f);
         dweight.assign(job.group * stride, 0.0f);
         index.assign(stride, 0);  // beyond K it stays 0: some row is read there, with weight 0
@@ -51,7 +51,7 @@ struct Scratch {
             pairs_k.assign(job.group * stride / 2, 0.0f), pairs_l.assign(couples * stride, 0.0f);
             rows.assign(stride / 2 * PANEL, 0.0f);
             g_columns.assign(job.group * PANEL / 2, 0.0f), g_labels.assign(couples * PANEL, 0.0f);
-            pairs_turned.assign(couples * stride, 0.0f), tile.assign(LANES * LANES, 0.0f);
+            if (by_matrix_unit(job)) pairs_turned.assign(couples * stride, 0.0f), tile.assign(LANES * LANES, 0.0f);
         }
         if (job.present) {
             own_weight.assign(stride, 0.0f), own_dweight.assign(stride, 0.0f);

@@ -8,34 +8,23 @@
 #include "paired.h"
 #include "scratch.h"
 #include "vectors.h"
-#ifdef MATRIX_UNIT
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace {
 
 #ifdef MATRIX_UNIT
 constexpr int ROW = 4 * LANES;  // bytes of a tile's row
 
-// Linux hands out the tiles' registers on request, to all threads of the process.
-inline bool matrix_unit() {
-    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-    return granted;
-}
-
 // What is written in `place`, or where it points to, is in memory: GCC's tile loads do not say that they read it.
 inline void settle(const void* place) { asm volatile("" : : "r"(place) : "memory"); }
 
-inline bool in_tiles(int64_t members) { return members % LANES == 0 && matrix_unit(); }
+inline bool in_tiles(const Job& job, int64_t members) { return members % LANES == 0 && by_matrix_unit(job); }
 
 // Tiles 0 to 3 are sums, 4 a left and 5 a right factor; 6 and 7 the same with half as many pairs. This thread's, while it lives.
 class TileSettings {
     bool used;
 
 public:
-    explicit TileSettings(const Job& job) : used(in_bfloat16(job) && matrix_unit()) {
+    explicit TileSettings(const Job& job) : used(by_matrix_unit(job)) {
         if (!used) return;
         alignas(64) struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } wanted = {};
         wanted.palette = 1;
@@ -139,7 +128,7 @@ void tile_input(const Job& job, Scratch& s, float* dx, int64_t members) {
         }
 }
 #else
-constexpr bool in_tiles(int64_t) { return false; }
+constexpr bool in_tiles(const Job&, int64_t) { return false; }
 struct TileSettings { explicit TileSettings(const Job&) {} };
 #ifdef BFLOAT16_UNITS
 inline void turn_weights(Scratch&, int64_t) {}
